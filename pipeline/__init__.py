@@ -1,0 +1,1 @@
+"""images → shards → batches → loss → checkpoint → samples → figures."""

@@ -1,0 +1,412 @@
+"""Every setting of a run, typed and validated: YAML and `key=value` in, one frozen `Config` out.
+
+Pure: text comes in through a `read` function, nothing here touches a disk, a device or the environment. The docstring
+under a field is its only documentation; `configs/config.schema.json` carries it to editors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from pipeline.errors import ConfigError
+
+_EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _length(value: object) -> object:
+    if isinstance(value, str) and not _EPOCHS.fullmatch(value):
+        raise ValueError("a length is a number of steps, or of epochs as in 50ep")
+    return value
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        if not match:
+            raise ValueError("a duration is a number of seconds, or as in 90s, 10m, 12h, 2d")
+        return float(match[1]) * _SECONDS[match[2]]
+    return value
+
+
+if TYPE_CHECKING:
+    Length = int  # what `Config.in_steps` makes of it; only a configuration that has not met its data holds text
+    PositiveLength = int
+    Duration = float
+else:
+    _EPOCHS_TEXT = Annotated[str, Field(pattern=r"^\d+(\.\d+)?ep$")]
+    Length = Annotated[NonNegativeInt | _EPOCHS_TEXT, BeforeValidator(_length)]
+    PositiveLength = Annotated[PositiveInt | _EPOCHS_TEXT, BeforeValidator(_length)]
+    Duration = Annotated[
+        PositiveFloat,
+        BeforeValidator(_duration),
+        WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": _DURATION.pattern}]}),
+    ]
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class DataSection(Section):
+    """What is read, and in which order."""
+
+    shards: str = ""
+    """Shard set to train on: a directory or an fsspec URL that `ddpm shard` has filled."""
+    val_shards: str | None = None
+    """Shard set for the validation loss; none if not given."""
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] = 32
+    """Height and width of the pictures in pixels, one number if they are square. Must be that of the shard set."""
+    channels: Literal[3, 1] = 3
+    """3 for colour, 1 for grey. Must be that of the shard set."""
+    flip: bool = False
+    """Mirror half of the pictures, another half each epoch."""
+    lanes: PositiveInt | None = None
+    """Parallel streams the data is cut into; divides the global batch and is divided by every world size ever used.
+    Default: the largest divisor of the global batch up to 64."""
+    window: PositiveInt = 256
+    """How far a sample may move within its lane when shuffled, in samples; a lane holds at most so many."""
+    workers: NonNegativeInt = 2
+    """Loader processes of each rank; 0 reads in the training process. The data does not depend on it."""
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """The pictures' (height, width) in pixels."""
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
+
+class ModelSection(Section):
+    """The network: the U-Net of Ho et al. 2020, appendix B, with options."""
+
+    base_channels: PositiveInt = 128
+    """Channels at full resolution."""
+    channel_mults: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 2, 2)
+    """Channels of each resolution level as multiples of base_channels; each level halves the picture."""
+    blocks_per_level: PositiveInt = 2
+    """Residual blocks of a level on the way down; one more on the way up."""
+    attention_sizes: tuple[PositiveInt, ...] = (16,)
+    """Feature-map sizes, short side in pixels, that get self-attention; the middle always has it."""
+    head_channels: PositiveInt | None = None
+    """Channels of an attention head; a single head if not given, as in the paper."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout before the second convolution of each residual block."""
+    num_classes: NonNegativeInt = 0
+    """Classes of a class-conditional model; 0 for an unconditional one."""
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of training pictures whose label is hidden, so that guidance works. Moot without classes."""
+    scale_shift: bool = False
+    """Time and class scale and shift the normalised features instead of being added (Nichol & Dhariwal 2021)."""
+    learned_variance: bool = False
+    """The network also outputs the variance of each step (Nichol & Dhariwal 2021, eq. 15)."""
+
+
+class DiffusionSection(Section):
+    """The forward process and what the network is asked to predict."""
+
+    timesteps: Annotated[int, Field(ge=2, lt=2**24)] = 1000
+    """Noise levels T."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule: linear of Ho et al. 2020, or cosine of Nichol & Dhariwal 2021."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    """What the network predicts: the noise ε, the clean picture x₀, or the velocity v."""
+    loss_weighting: Literal["simple", "min_snr"] = "simple"
+    """Weight of a timestep in the loss: 1 (eq. 14), or min-SNR-γ (Hang et al. 2023)."""
+    min_snr_gamma: PositiveFloat = 5.0
+    """γ of min_snr."""
+
+
+class TrainSection(Section):
+    """How a run spends its compute. A step is one update by one global batch."""
+
+    steps: PositiveLength = 800_000
+    """Length of the whole run over all restarts, in steps or epochs (50ep). It may grow later, also after DONE."""
+    global_batch: PositiveInt = 128
+    """Pictures in a step, over all ranks: the same on 1 GPU and on 64."""
+    micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Pictures a rank puts through the network at a time. auto: the most that fits, found once, stored with the run."""
+    lr: PositiveFloat = 2e-4
+    """Learning rate of Adam."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a half cosine to 0 at train.steps."""
+    lr_stages: tuple[tuple[PositiveLength, PositiveFloat], ...] = ()
+    """[[length, rate], …]: each rate for so many steps or epochs, the last one to the end. Replaces lr when given."""
+    warmup_steps: Length = 5000
+    """Linear warm-up from 0, in steps or epochs."""
+    clip_norm: PositiveFloat = 1.0
+    """Gradients of a larger total norm are scaled down to it."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast of the network; schedule, loss, statistics, weights, optimizer and EMA are float32 in either case."""
+    checkpointing: Literal["none", "attention", "blocks", "full", "auto"] = "none"
+    """Activations recomputed in the backward pass instead of kept. auto: the least that fits the device."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    deterministic: bool = False
+    """Only deterministic kernels: on CUDA the price of bit-identical runs."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Decay of the averaged weights after their warm-up."""
+    init_from: str | None = None
+    """Start a new run from the EMA weights of a run, a checkpoint or a diffusers directory."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    seed: NonNegativeInt = 0
+    """Fixes weights, order, timesteps, noise and dropout."""
+    max_bad_steps: PositiveInt = 10
+    """Consecutive steps with a non-finite loss or gradient after which the run fails; each one is left out."""
+
+
+class SampleSection(Section):
+    """How pictures are drawn; each key is also a flag of `ddpm sample`."""
+
+    sampler: Literal["ddpm", "ddim", "dpmpp", "heun"] = "ddpm"
+    """Ancestral DDPM, DDIM, DPM-Solver++(2M), or Heun."""
+    steps: PositiveInt | None = None
+    """Steps of the sampler. Default: every timestep for ddpm, 50 for the others."""
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """DDIM's η: 0 deterministic, 1 as noisy as DDPM."""
+    spacing: Literal["uniform", "quadratic", "trailing", "leading"] = "uniform"
+    """Which timesteps a shorter sampler visits."""
+    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    """Variance of a DDPM step: β, or the posterior's. A model with learned variance brings its own."""
+    guidance: NonNegativeFloat = 1.0
+    """Classifier-free guidance: 1 is the plain conditional model, more follows the label harder."""
+    batch: PositiveInt = 64
+    """Pictures drawn together. Bits are equal only between runs with equal batch."""
+
+
+class RunSection(Section):
+    """Where a run lives and how often it does what, in steps."""
+
+    dir: str = ""
+    """The run's directory. The same command on the same directory goes on from its newest checkpoint."""
+    checkpoint_every: PositiveLength = 5000
+    """Steps between checkpoints."""
+    keep_last: Annotated[int, Field(ge=2)] = 3
+    """Newest checkpoints to keep."""
+    keep_every: Length = 0
+    """Checkpoints at multiples of this are kept for good; 0 keeps none but the newest."""
+    preview_every: Length = 5000
+    """Steps between picture grids made with EMA weights from fixed seeds; 0 for none."""
+    preview_samples: PositiveInt = 64
+    """Pictures in a grid."""
+    preview_steps: PositiveInt = 50
+    """DDIM steps of a preview."""
+    val_every: Length = 5000
+    """Steps between validation losses; 0 for none."""
+    val_samples: PositiveInt = 5000
+    """Pictures of data.val_shards in a validation loss."""
+    log_every: PositiveLength = 50
+    """Steps between lines in TensorBoard and log.jsonl."""
+    timeout: Duration = 600.0
+    """How long ranks wait for each other before the run fails: seconds, or 10m."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    diffusion: DiffusionSection = DiffusionSection()
+    train: TrainSection = TrainSection()
+    sample: SampleSection = SampleSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        height, width = self.data.height_width
+        stride = 2 ** (len(self.model.channel_mults) - 1)
+        if height % stride or width % stride:
+            raise ValueError(
+                f"data.size {height}x{width} cannot be halved {len(self.model.channel_mults) - 1} times: "
+                f"take a multiple of {stride}, or fewer model.channel_mults"
+            )
+        batch, lanes, micro = self.train.global_batch, self.data.lanes, self.train.micro_batch
+        if lanes and batch % lanes:
+            raise ValueError(f"train.global_batch {batch} is not a multiple of data.lanes {lanes}: change one of them")
+        if micro != "auto" and batch % micro:
+            raise ValueError(
+                f"train.global_batch {batch} is not a multiple of train.micro_batch {micro}: change one of them"
+            )
+        if self.train.lr_stages and self.train.lr_schedule != "constant":
+            raise ValueError(f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} exclude each other")
+        if self.sample.steps and self.sample.steps > self.diffusion.timesteps:
+            raise ValueError(f"sample.steps {self.sample.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
+        return self
+
+    def in_steps(self, samples: int) -> Config:
+        """The same configuration with every length in steps.
+
+        Args:
+            samples: pictures in an epoch.
+        """
+
+        def steps(value: object) -> object:
+            if isinstance(value, dict):
+                return {key: steps(item) for key, item in value.items()}
+            if isinstance(value, tuple | list):
+                return [steps(item) for item in value]
+            if isinstance(value, str) and (match := _EPOCHS.fullmatch(value)):
+                return max(1, -int(-float(match[1]) * samples // self.train.global_batch))
+            return value
+
+        values = self.model_dump()
+        return Config.model_validate(values | {name: steps(values[name]) for name in ("train", "run")})
+
+    def to_yaml(self) -> str:
+        """Every key with its value, as YAML that `parse` reads back to an equal Config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def load(name: str, overrides: Iterable[str], read: Callable[[str], str]) -> Config:
+    """The configuration in a YAML file, its parent (`base:`) and `key=value` arguments, later ones winning.
+
+    Args:
+        name: the file, as `read` knows it; `base:` is taken relative to it.
+        overrides: such as `train.lr=1e-4`; the value is YAML.
+        read: gives the text of a file.
+
+    Raises:
+        ConfigError: with one line for each problem, naming file, line and key.
+    """
+    values, places = _read_file(name, read, ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, dot, field = key.partition(".")
+        if not (equals and dot and field):
+            raise ConfigError(f"{override!r} is not a setting: write section.key=value, such as train.lr=1e-4")
+        try:
+            value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: the value is not YAML: {_oneline(error)}") from error
+        values.setdefault(section, {})
+        values[section] = {**values[section], field: value} if isinstance(values[section], dict) else {field: value}
+        places[section, field] = "command line"
+        places.setdefault((section,), "command line")
+    return _validated(values, places, name)
+
+
+def parse(text: str, name: str = "configuration") -> Config:
+    """The configuration in a YAML text that has no parent."""
+    return load(name, (), lambda _: text)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """`section.key` → (old value, new value), for all keys that differ."""
+    found = {}
+    for section, values in old.model_dump(mode="json").items():
+        for key, value in values.items():
+            other = new.model_dump(mode="json")[section][key]
+            if other != value:
+                found[f"{section}.{key}"] = (value, other)
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: `2e-4` is one, where YAML 1.1 wants a dot and reads text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+_Places = dict[tuple[str, ...], str]
+
+
+def _read_file(name: str, read: Callable[[str], str], children: tuple[str, ...]) -> tuple[dict[str, Any], _Places]:
+    """Values of a YAML file laid over its parent's, and for each key where it was written."""
+    if name in children:
+        raise ConfigError(f"{name}: base: leads back to itself")
+    places: _Places = {}
+    try:
+        loader = _Loader(read(name))
+        node = loader.get_single_node()
+        _record_places(node, (), name, places)
+        values = loader.construct_document(node) if node else {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {_oneline(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}: a configuration is a mapping of sections, such as `train: {{steps: 1000}}`")
+    base = values.pop("base", None)
+    if base is not None:
+        parent, parent_places = _read_file(
+            name.rpartition("/")[0] + "/" * ("/" in name) + str(base), read, (*children, name)
+        )
+        values = parent | {
+            section: parent[section] | own if isinstance(own, dict) and isinstance(parent.get(section), dict) else own
+            for section, own in values.items()
+        }
+        places = parent_places | places
+    return values, places
+
+
+def _record_places(node: yaml.Node | None, path: tuple[str, ...], name: str, places: _Places) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        if here in places:
+            raise ConfigError(
+                f"{name}:{key.start_mark.line + 1}: {'.'.join(here)}: given twice, first at {places[here]}"
+            )
+        places[here] = f"{name}:{key.start_mark.line + 1}"
+        _record_places(value, here, name, places)
+
+
+def _validated(values: dict[str, Any], places: _Places, name: str) -> Config:
+    try:
+        return Config.model_validate({key: {} if value is None else value for key, value in values.items()})
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(problem, places, name) for problem in error.errors())
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _explain(problem: Any, places: _Places, name: str) -> str:
+    path = tuple(str(part) for part in problem["loc"])
+    key = path[:2]
+    place = places.get(key) or places.get(key[:1]) or name
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key[-1], _known_keys(key[:-1]), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_known_keys(key[:-1]))}"
+        return f"{place}: {'.'.join(key)}: unknown key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {'.'.join(key)}: {message} (got {problem['input']!r})" if path else f"{place}: {message}"
+
+
+def _known_keys(section: tuple[str, ...]) -> list[str]:
+    if not section:
+        return list(Config.model_fields)
+    kind = Config.model_fields[section[0]].annotation if section[0] in Config.model_fields else None
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _oneline(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,125 @@
+"""(seed, id, use, step) → uniforms, normals: the only source of randomness.
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is counter-based: a number is a pure
+function of its coordinates, so it does not depend on rank, batch, world size or what was drawn before, and
+nothing random is ever stored in a checkpoint. Counter words: element block, use and step, id low, id high; the key
+is the seed. The integers are the same on every device, the normals up to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class Use(IntEnum):
+    """What a number is drawn for; one stream each. The values are frozen: changing one changes every run."""
+
+    TIMESTEP = 1
+    NOISE = 2
+    FLIP = 3
+    LABEL_DROPOUT = 4
+    SHARD_ORDER = 5
+    LANE_ORDER = 6
+    SAMPLE_START = 7
+    SAMPLE_STEP = 8
+    VALIDATION_TIMESTEP = 9
+    VALIDATION_NOISE = 10
+    SHARDING_CROP = 11
+    LIKELIHOOD = 12
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One Philox4x32-10 block for each element.
+
+    Args:
+        counter: four int64 tensors that broadcast together, each holding 32-bit words.
+        key: two 32-bit words.
+
+    Returns:
+        Four int64 tensors of 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # int64 products wrap to the low 64 bits of the unsigned product, so shift and mask recover both halves.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK32) ^ c1 ^ k0, p1 & _MASK32, (p0 >> 32 & _MASK32) ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _blocks(seed: int, ids: Tensor, use: Use, step: int, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox words for `blocks` counters of each id: four int64 tensors, (B, blocks)."""
+    if not 0 <= seed < 1 << 64 or not 0 <= step < 1 << 24:
+        raise ValueError(f"seed {seed} or step {step} out of range")
+    block = torch.arange(blocks, dtype=torch.int64, device=ids.device)
+    ids = ids.to(torch.int64)[:, None]
+    stream = torch.tensor(int(use) << 24 | step, dtype=torch.int64, device=ids.device)
+    return philox((block, stream, ids & _MASK32, ids >> 32 & _MASK32), (seed & _MASK32, seed >> 32))
+
+
+def uniforms(seed: int, ids: Tensor, use: Use, shape: tuple[int, ...] = (), step: int = 0) -> Tensor:
+    """Numbers in [0, 1) with 53 random bits.
+
+    Args:
+        seed: the run's seed, 0 ≤ seed < 2⁶⁴.
+        ids: int64, (B,): sample positions or sample seeds.
+        use: the stream.
+        shape: what each id gets.
+        step: timestep or epoch, below 2²⁴.
+
+    Returns:
+        float64, (B, *shape), on the device of `ids`.
+    """
+    count = math.prod(shape)
+    w0, w1, w2, w3 = _blocks(seed, ids, use, step, (count + 1) // 2)
+    high, low = torch.stack((w0, w2), -1), torch.stack((w1, w3), -1)
+    bits = (high << 21) | (low >> 11)
+    return (bits.to(torch.float64) * 2.0**-53).flatten(1)[:, :count].reshape(len(ids), *shape)
+
+
+def normals(seed: int, ids: Tensor, use: Use, shape: tuple[int, ...], step: int = 0) -> Tensor:
+    """Standard normal numbers by Box–Muller, computed in float64 so that devices differ by at most a rounding.
+
+    Args:
+        seed: as for `uniforms`.
+        ids: int64, (B,).
+        use: the stream.
+        shape: what each id gets.
+        step: timestep, below 2²⁴.
+
+    Returns:
+        float32, (B, *shape), on the device of `ids`.
+    """
+    count = math.prod(shape)
+    words = _blocks(seed, ids, use, step, (count + 3) // 4)
+    u = [(word.to(torch.float64) + 0.5) * 2.0**-32 for word in words]
+    pairs = []
+    for radius, angle in ((u[0], u[1]), (u[2], u[3])):
+        r, phi = torch.sqrt(-2 * torch.log(radius)), 2 * math.pi * angle
+        pairs += [r * torch.cos(phi), r * torch.sin(phi)]
+    return torch.stack(pairs, -1).to(torch.float32).flatten(1)[:, :count].reshape(len(ids), *shape)
+
+
+def integers(seed: int, ids: Tensor, use: Use, high: int) -> Tensor:
+    """Integers in [0, high), int64, (B,); `high` below 2³¹; the bias is below high·2⁻³²."""
+    word, *_ = _blocks(seed, ids, use, 0, 1)
+    return (word[:, 0] * high) >> 32
+
+
+def mix(*parts: int) -> int:
+    """One 63-bit seed from several integers, stable between Python runs and versions; for `torch.manual_seed`."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

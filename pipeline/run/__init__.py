@@ -1,0 +1,1 @@
+"""What a long job needs: ranks, signals, checkpoints, curves, memory."""

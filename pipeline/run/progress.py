@@ -1,0 +1,60 @@
+"""Progress of a job: a bar on a terminal, plain lines in a log, nothing with `--quiet`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts units of work and shows how far the job is.
+
+    Args:
+        total: units in the whole job.
+        job: what is being done, such as "sharding".
+        unit: plural of what is counted, such as "images".
+        done: units already done by an earlier start.
+        quiet: show nothing but what is passed to `say` as important.
+        every_s: seconds between plain lines.
+    """
+
+    def __init__(
+        self, total: int, job: str, *, unit: str, done: int = 0, quiet: bool = False, every_s: float = 10.0
+    ) -> None:
+        self._total, self._job, self._unit, self._done, self._first = total, job, unit, done, done
+        self._every_s, self._quiet, self._notes = every_s, quiet, ""
+        self._started = self._spoken = time.monotonic()
+        on_terminal = sys.stderr.isatty() and not quiet
+        self._bar = tqdm(total=total, initial=done, desc=job, unit=f" {unit}", dynamic_ncols=True) if on_terminal else None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.close()
+
+    def advance(self, count: int = 1, notes: str = "") -> None:
+        """Count finished units; `notes` are a few figures to show beside them."""
+        self._done += count
+        self._notes = notes or self._notes
+        if self._bar:
+            self._bar.set_postfix_str(self._notes, refresh=False)
+            self._bar.update(count)
+        elif not self._quiet and (time.monotonic() - self._spoken > self._every_s or self._done == self._total):
+            self._spoken = time.monotonic()
+            rate = (self._done - self._first) / max(self._spoken - self._started, 1e-9)
+            tail = f", {self._notes}" if self._notes else ""
+            self._write(f"{self._job}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s{tail}")
+
+    def say(self, line: str, *, important: bool = False) -> None:
+        """A line of its own, above the bar if there is one; with `--quiet` only if it is important."""
+        if important or not self._quiet:
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
