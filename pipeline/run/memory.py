@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import resource
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from pipeline.errors import ConfigError
+
+Policy = TypeVar("Policy", bound=str)
 
 CPU_MICRO_BATCH = 64
 """Largest automatic micro-batch on a CPU, where memory is rarely the limit and larger ones are no faster."""
@@ -20,7 +23,9 @@ def micro_batches(share: int, device: torch.device) -> list[int]:
     return divisors if device.type == "cuda" else [size for size in divisors if size <= CPU_MICRO_BATCH][:1]
 
 
-def what_fits(attempt: Callable[[str, int], None], policies: Sequence[str], sizes: Sequence[int]) -> tuple[str, int]:
+def what_fits(
+    attempt: Callable[[Policy, int], None], policies: Sequence[Policy], sizes: Sequence[int]
+) -> tuple[Policy, int]:
     """The first (policy, micro-batch) that does not run out of memory; larger micro-batches before cheaper policies.
 
     A policy that saves memory costs at most a third more compute, while halving the micro-batch often costs less:

@@ -28,19 +28,26 @@ class Progress:
         self._every_s, self._quiet, self._notes = every_s, quiet, ""
         self._started = self._spoken = time.monotonic()
         on_terminal = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(total=total, initial=done, desc=job, unit=f" {unit}", dynamic_ncols=True) if on_terminal else None
+        self._bar = (
+            tqdm(total=total, initial=done, desc=job, unit=f" {unit}", dynamic_ncols=True) if on_terminal else None
+        )
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.close()
 
-    def advance(self, count: int = 1, notes: str = "") -> None:
-        """Count finished units; `notes` are a few figures to show beside them."""
+    def note(self, figures: str) -> None:
+        """A few figures to show beside the count from now on."""
+        self._notes = figures
+
+    def advance(self, count: int = 1) -> None:
+        """Count finished units."""
         self._done += count
-        self._notes = notes or self._notes
         if self._bar:
             self._bar.set_postfix_str(self._notes, refresh=False)
             self._bar.update(count)

@@ -83,7 +83,9 @@ def enter(device: str, timeout_s: float) -> World:
         ConfigError: CUDA was asked for and is not there, or fewer ranks run than were launched.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device=cuda, but torch sees no CUDA device here: take auto or cpu; `nvidia-smi` tells more")
+        raise ConfigError(
+            "train.device=cuda, but torch sees no CUDA device here: take auto or cpu; `nvidia-smi` tells more"
+        )
     accelerator = Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is entered where the network is called, not patched into it

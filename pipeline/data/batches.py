@@ -1,0 +1,384 @@
+"""Shard set + order → this rank's uint8 batches, through a torch DataLoader and a webdataset pipeline.
+
+B, C, H, W: images, channels, height, width. Where the run stands goes into the constructor, as the number of samples
+consumed; there is no loader state to save, so what the workers have read ahead cannot matter.
+
+Workers are started by a fork server: a plain fork would copy whatever locks the threads of torch, NCCL and fsspec hold
+at that moment, and the rank's sockets and file locks with them. They outlive every stop signal, because the rank needs
+its batches until it has stopped, and end when it closes them or is gone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+from webdataset import DataPipeline
+
+from pipeline import storage
+from pipeline.data.images import Rejected, decode
+from pipeline.data.order import Order, Place, rank_lanes
+from pipeline.data.shardset import ShardSet
+from pipeline.errors import DataError, PipelineError
+from pipeline.noise import Use, integers
+
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+_GRACE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their labels and positions."""
+
+    images: Tensor
+    """uint8, (B, C, H, W)."""
+    labels: Tensor
+    """int64, (B,); -1 for none."""
+    positions: Tensor
+    """int64, (B,): places in the endless order, which noise is keyed by."""
+
+
+class _Encoded(NamedTuple):
+    """A sample as read."""
+
+    position: int
+    place: Place
+    image: bytes
+    label: int
+
+
+class _Chunk(NamedTuple):
+    """One worker's part of a step. Only the images, few and large, go through shared memory."""
+
+    images: Tensor  # uint8, (B, C, H, W)
+    labels: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
+class Batches:
+    """This rank's share of each step's global batch, lane after lane, without end: iterator and context manager.
+
+    The batches are the same for any number of workers: each worker reads some of the rank's lanes, and the parts are
+    joined in the order of the lanes. `next` raises DataError where a sample is missing, damaged or undecodable, or a
+    worker died; samples are never skipped.
+
+    Args:
+        shards: the data.
+        order: its order, made of `shards.shard_samples`.
+        rank: of this process.
+        world_size: number of ranks; divides `order.lanes`.
+        first_sample: samples consumed by all ranks before the first batch; a multiple of `order.lanes`.
+        workers: loader processes; 0 reads in this process. No more are started than the rank has lanes.
+        flip: flip half of the images left to right, keyed by (seed, position).
+        pin: give the images in page-locked memory.
+
+    Raises:
+        ConfigError: the ranks cannot share the lanes.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        order: Order,
+        *,
+        rank: int,
+        world_size: int,
+        first_sample: int,
+        workers: int,
+        flip: bool,
+        pin: bool = False,
+    ) -> None:
+        lanes = rank_lanes(order.lanes, rank, world_size)
+        start, rest = divmod(first_sample, order.lanes)
+        if rest:
+            raise ValueError(f"first_sample={first_sample} is not a multiple of {order.lanes} lanes")
+        workers = min(workers, len(lanes))
+        nth = start + np.arange(order.global_batch // order.lanes)
+        self._positions = torch.from_numpy((np.array(lanes)[:, None] + order.lanes * nth).ravel())
+        self._global_batch = order.global_batch
+        self._chunks = max(workers, 1)
+        self._pin = pin
+        pipeline = DataPipeline(
+            partial(_read_lanes, shards, order, lanes, start),
+            partial(_decode, shards),
+            partial(_stack, shards, order, lanes),
+            partial(_flip, order.seed) if flip else None,
+            _errors_as_items,
+        )
+        self._iterator = _start(pipeline, workers)
+        self._workers: list[BaseProcess] = getattr(self._iterator, "_workers", [])
+        # Without `close` too: at exit Python would wait for ever for processes that ignore SIGTERM.
+        self._reap = weakref.finalize(self, _kill, self._workers)
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            chunks = [self._next_chunk() for _ in range(self._chunks)]
+        except PipelineError:
+            self.close()
+            raise
+        positions = torch.from_numpy(np.concatenate([chunk.positions for chunk in chunks]))
+        assert torch.equal(positions, self._positions), "the loader gave other samples than the order says"
+        self._positions = positions + self._global_batch
+        images = torch.empty((len(positions), *chunks[0].images.shape[1:]), dtype=torch.uint8, pin_memory=self._pin)
+        torch.cat([chunk.images for chunk in chunks], out=images)
+        return Batch(images, torch.from_numpy(np.concatenate([chunk.labels for chunk in chunks])), positions)
+
+    def _next_chunk(self) -> _Chunk:
+        if self._iterator is None:
+            raise ValueError("these batches are closed")
+        try:
+            chunk = next(self._iterator)
+        except (RuntimeError, OSError, EOFError):
+            dead = wait([worker.sentinel for worker in self._workers], timeout=1.0)
+            for worker in self._workers:
+                if worker.sentinel in dead:
+                    raise DataError(_obituary(worker)) from None
+            raise
+        if isinstance(chunk, PipelineError):
+            raise chunk
+        return chunk
+
+    def close(self) -> None:
+        """End the workers, the hard way if they do not come back from a read soon. A second call does nothing."""
+        if self._iterator is not None:
+            killer = threading.Timer(_GRACE_S, _kill, [self._workers])
+            killer.start()
+            self._iterator = None  # torch ends its workers when their iterator goes, and has no other way
+            killer.cancel()
+            self._reap()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_all(shards: ShardSet, limit: int | None = None) -> Batch:
+    """The first `limit` samples, or all, in the order of the index; for sets that fit into memory.
+
+    Args:
+        shards: the data.
+        limit: at most so many.
+
+    Returns:
+        Positions count from 0.
+
+    Raises:
+        DataError: a sample is missing, damaged or undecodable.
+    """
+    places = (Place(shard, row) for shard, samples in enumerate(shards.shard_samples) for row in range(samples))
+    count = shards.samples if limit is None else min(limit, shards.samples)
+    with closing(_Reader(shards)) as reader:
+        encoded = (_Encoded(i, place, *reader.read(place)) for i, place in enumerate(islice(places, count)))
+        chunk = _stacked(shards, _decode(shards, encoded), count)
+    return Batch(chunk.images, torch.from_numpy(chunk.labels), torch.from_numpy(chunk.positions))
+
+
+class _Reader:
+    """Cuts samples out of the shards; forwards, so that each shard is opened once and streamed."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards = shards
+        self._shard = -1
+        self._rows: NDArray[np.void]
+        self._file: BinaryIO | None = None
+        self._at = 0
+
+    def read(self, place: Place) -> tuple[bytes, int]:
+        """Image file and label of a sample.
+
+        Raises:
+            DataError: missing, cut short or damaged.
+        """
+        shard, row = place
+        if shard != self._shard:
+            self.close()
+            self._rows = self._shards.sidecar(shard)
+            self._shard = shard
+        offset, length, crc32, image_offset, image_length, label = self._rows[row].item()
+        try:
+            if self._file is None:
+                self._file = storage.open_read(self._shards.tar(shard), offset)
+            elif offset != self._at:
+                self._file.seek(offset)
+            data = self._file.read(length)
+        except OSError as error:
+            raise DataError(_damage(self._shards, place, f"cannot be read ({error})")) from error
+        self._at = offset + length
+        if len(data) < length:
+            raise DataError(_damage(self._shards, place, "is missing: the file is cut short"))
+        if zlib.crc32(data) != crc32:
+            raise DataError(_damage(self._shards, place, "does not have the crc32 of the sidecar"))
+        return data[image_offset : image_offset + image_length], label
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _damage(shards: ShardSet, place: Place, what: str) -> str:
+    return f"{shards.tar(place.shard)}: the sample in row {place.row} {what}; `ddpm verify {shards.url}` names all such"
+
+
+def _own_lanes(lanes: range) -> range:
+    """The part of a rank's lanes that this loader process reads."""
+    info = get_worker_info()
+    if info is None:
+        return lanes
+    return lanes[len(lanes) * info.id // info.num_workers : len(lanes) * (info.id + 1) // info.num_workers]
+
+
+def _read_lanes(shards: ShardSet, order: Order, lanes: range, start: int) -> Iterator[_Encoded]:
+    """Stage 1: lane after lane, G/V samples of each, step by step."""
+    streams = [_read_lane(shards, order, lane, start) for lane in _own_lanes(lanes)]
+    while True:
+        for stream in streams:
+            yield from islice(stream, order.global_batch // order.lanes)
+
+
+def _read_lane(shards: ShardSet, order: Order, lane: int, start: int) -> Iterator[_Encoded]:
+    held: dict[Place, tuple[bytes, int]] = {}
+    with closing(_Reader(shards)) as reader:
+        for position, place, reads in order.lane_stream(lane, start):
+            for ahead in reads:
+                held[ahead] = reader.read(ahead)
+            yield _Encoded(position, place, *held.pop(place))
+
+
+def _decode(shards: ShardSet, samples: Iterable[_Encoded]) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
+    """Stage 2: (position, label, image (H, W, C))."""
+    shape = (*shards.size, shards.channels)
+    for position, place, data, label in samples:
+        try:
+            image = decode(data, shards.channels)
+        except Rejected as error:
+            raise DataError(_damage(shards, place, "is no picture")) from error
+        if image.shape != shape:
+            raise DataError(_damage(shards, place, f"is {image.shape}, the index says {shape}"))
+        yield position, label, image
+
+
+def _stack(
+    shards: ShardSet, order: Order, lanes: range, samples: Iterable[tuple[int, int, NDArray[np.uint8]]]
+) -> Iterator[_Chunk]:
+    """Stage 3: this process's samples of a step as one tensor."""
+    samples = iter(samples)
+    while True:
+        yield _stacked(shards, samples, len(_own_lanes(lanes)) * order.global_batch // order.lanes)
+
+
+def _stacked(shards: ShardSet, samples: Iterable[tuple[int, int, NDArray[np.uint8]]], count: int) -> _Chunk:
+    images = np.empty((count, shards.channels, *shards.size), dtype=np.uint8)
+    labels, positions = np.empty((2, count), dtype=np.int64)
+    for i, (position, label, image) in enumerate(islice(samples, count)):
+        images[i], labels[i], positions[i] = image.transpose(2, 0, 1), label, position
+    return _Chunk(torch.from_numpy(images), labels, positions)
+
+
+def _flip(seed: int, chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
+    """Stage 4: each image left to right with probability 1/2, by (seed, position)."""
+    for chunk in chunks:
+        flipped = integers(seed, torch.from_numpy(chunk.positions), Use.FLIP, 2) == 1
+        chunk.images[flipped] = chunk.images[flipped].flip(-1)
+        yield chunk
+
+
+def _errors_as_items(chunks: Iterable[_Chunk]) -> Iterator[_Chunk | PipelineError]:
+    """Last stage: torch would wrap a worker's exception into its traceback, and the one line would be lost."""
+    try:
+        yield from chunks
+    except PipelineError as error:
+        yield error
+
+
+def _start(pipeline: DataPipeline, workers: int) -> Iterator[_Chunk | PipelineError] | None:
+    """Set the pipeline going in so many processes, which read ahead from now on."""
+    if workers:
+        start_worker_server()
+    loader = DataLoader(
+        pipeline,
+        batch_size=None,
+        collate_fn=_as_is,
+        generator=torch.Generator(),  # else torch draws a seed for the workers, which need none, from the global one
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_exit_with_parent,
+    )
+    return iter(loader)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def start_worker_server() -> None:
+    """Start the server that loader processes are forked from, unless it runs; returns at once.
+
+    Called early in a job, its imports run beside the job's own, and the first batch comes a second sooner.
+
+    Schedulers and `accelerate launch` signal whole process groups. Server, tracker and workers inherit a mask that
+    blocks the stop signals; ignoring them later would leave a time in which they are deadly. A signal sent to this
+    process meanwhile is delivered afterwards.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # which unblocks SIGTERM and SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _exit_with_parent(_worker: int) -> None:
+    """Runs in a worker. Its fork server lives as long as any worker does, so torch's watch on it is not enough."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+def _obituary(worker: BaseProcess) -> str:
+    worker.join()
+    code = worker.exitcode or 0
+    cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return (
+        f"loader process {worker.pid} died ({cause}): most often memory or shared memory has run out; "
+        "lower data.workers (0 needs no shared memory) or data.window, or raise the limit"
+    )

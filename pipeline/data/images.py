@@ -1,0 +1,279 @@
+"""Image file bytes → one clean picture, or `Rejected(reason)`; pure.
+
+H, W: height and width of the result; h, w: those of the stored picture. Arrays are uint8, (H, W, C), row 0 on top.
+The order of the steps is part of the promise: header checks, decode (first frame), EXIF rotation, transparency over the
+background, colour or grey, crop to the target's aspect ratio, one antialiased resize. Nothing is ever squashed.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+PREPROCESSING = 1
+"""Raised whenever the same settings may give other pixels than before; part of a shard set's settings."""
+
+REASONS = {
+    "unreadable": "the source does not give its bytes (permissions, I/O error, encrypted or damaged archive member)",
+    "source_changed": "it is not the file that was listed: size or time changed since",
+    "empty": "no bytes",
+    "too_many_bytes": "a larger file than is looked at",
+    "not_an_image": "no picture in one of the formats read",
+    "too_many_pixels": "its header announces more pixels than are decoded",
+    "too_small": "its short side is below --min-size",
+    "wrong_aspect": "with --crop none: its aspect ratio is not the target's",
+    "truncated": "the file ends before the picture does",
+    "damaged": "the decoder gave up: damaged, or a variant that it does not know",
+    "unsupported_depth": "floating point, or integers beyond 16 bits: their white is not known",
+}
+"""Every reason that can stand in `rejected.jsonl`."""
+
+EXTENSIONS: dict[ImageFormat, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+"""Formats of shards and the extension each has in a tar."""
+
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 1 << 28
+
+Image.init()
+# Left out: formats whose decoders start other programs (EPS, WMF), and those that no collection of pictures is kept in.
+_READ = [
+    name
+    for name in (
+        "AVIF BMP DDS DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP".split()  # noqa: SIM905
+    )
+    if name in Image.OPEN
+]
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Rejected(Exception):  # noqa: N818  a verdict on the input, not a failure of the program
+    """An input that does not become a picture; `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and how it came about."""
+
+    array: NDArray[np.uint8]
+    """(H, W, C)."""
+    meta: dict[str, Any]
+    """`format`, `mode` and `original_size` ([h, w]) as stored, `box` (left, top, right, bottom of the crop, in pixels
+    after rotation), `transforms` in the order they were applied."""
+
+
+def to_picture(
+    data: bytes,
+    *,
+    size: tuple[int, int],
+    channels: int = 3,
+    crop_at: tuple[float, float] | None = (0.5, 0.5),
+    background: tuple[int, int, int] = (255, 255, 255),
+    min_size: int = 1,
+) -> Picture:
+    """Decode one image file, make it upright and opaque, crop and resize it.
+
+    Args:
+        data: the file as stored; animations give their first frame.
+        size: (H, W).
+        channels: 3 for sRGB, 1 for grey.
+        crop_at: where the largest window of the target's aspect ratio lies, (x, y) in [0, 1) from left or top to
+            right or bottom; (0.5, 0.5) is the centre. None: no crop, so the aspect ratio has to fit.
+        background: RGB laid under transparency.
+        min_size: refuse pictures whose short side is below this many pixels.
+
+    Returns:
+        uint8, (H, W, channels); 16-bit pictures are scaled, never clipped.
+
+    Raises:
+        Rejected: with a reason of `REASONS`; whatever a decoder raises ends here.
+    """
+    if not data:
+        raise Rejected("empty")
+    if len(data) > MAX_BYTES:
+        raise Rejected("too_many_bytes", f"{len(data)} bytes, the limit is {MAX_BYTES}")
+    transforms: list[str] = []
+    with warnings.catch_warnings():  # Pillow warns of damaged EXIF and the like, one line a file
+        warnings.simplefilter("ignore")
+        image, meta = _decode(data, size, min_size, transforms)
+    box = _crop_box(image.size, size, crop_at)
+    if box != (0, 0, *image.size):
+        transforms.append("cropped")
+    if (box[2] - box[0], box[3] - box[1]) != (size[1], size[0]):
+        transforms.append("enlarged" if box[2] - box[0] < size[1] else "reduced")
+    # Transparency goes before the resize: otherwise hidden colours bleed into the visible ones.
+    image = _grey_or_rgb(_opaque(_to_8_bits(image, transforms), background, transforms), channels, transforms)
+    image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    array = np.asarray(image).reshape(*size, channels)
+    return Picture(array, {**meta, "box": [round(edge, 3) for edge in box], "transforms": transforms})
+
+
+def _decode(
+    data: bytes, size: tuple[int, int], min_size: int, transforms: list[str]
+) -> tuple[Image.Image, dict[str, Any]]:
+    """First frame, upright; the only place where decoders run."""
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_READ)
+        w, h = image.size
+        meta = {"format": image.format, "mode": image.mode, "original_size": [h, w]}
+        if w * h > MAX_PIXELS:
+            raise Rejected("too_many_pixels", f"{w}x{h}, the limit is {MAX_PIXELS} pixels")
+        if min(w, h) < min_size:
+            raise Rejected("too_small", f"{w}x{h}, --min-size is {min_size}")
+        # A JPEG decodes several times faster at half, quarter or eighth scale; twice the target is left for the filter.
+        reduction = min(w, h) / max(size) / 2
+        image.draft(None, (int(w / reduction), int(h / reduction)))
+        image.load()
+        if image.size != (w, h):
+            transforms.append("decoded_reduced")
+        upright = _UPRIGHT.get(_orientation(image))
+        if getattr(image, "is_animated", False):
+            transforms.append("first_frame")
+            image.seek(0)
+        if upright is not None:
+            transforms.append("rotated")
+            image = image.transpose(upright)
+        return image, meta
+    except Rejected:
+        raise
+    except UnidentifiedImageError as error:
+        raise Rejected("not_an_image") from error
+    except Image.DecompressionBombError as error:
+        raise Rejected("too_many_pixels", f"the limit is {MAX_PIXELS} pixels") from error
+    except Exception as error:
+        text = str(error).lower()
+        short = "truncated" in text or "not enough image data" in text or isinstance(error, EOFError)
+        raise Rejected("truncated" if short else "damaged") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF beside a sound picture
+        return 1
+
+
+def _crop_box(
+    stored: tuple[int, int], size: tuple[int, int], crop_at: tuple[float, float] | None
+) -> tuple[float, float, float, float]:
+    """The largest window of the target's aspect ratio: (left, top, right, bottom), its corner on whole pixels.
+
+    Args:
+        stored: (w, h).
+        size: (H, W).
+        crop_at: as for `to_picture`.
+    """
+    (w, h), (target_h, target_w) = stored, size
+    box_w, box_h = (h * target_w / target_h, h) if w * target_h >= h * target_w else (w, w * target_h / target_w)
+    if crop_at is None:
+        # A stored side is a rounded number of pixels, so the ratio fits if a change below one pixel makes it fit.
+        if w - box_w >= 1 or h - box_h >= 1:
+            raise Rejected("wrong_aspect", f"{w}x{h} does not scale to {target_w}x{target_h}")
+        return (0, 0, w, h)
+    left, top = int(crop_at[0] * (int(w - box_w) + 1)), int(crop_at[1] * (int(h - box_h) + 1))
+    return (left, top, left + box_w, top + box_h)
+
+
+def _to_8_bits(image: Image.Image, transforms: list[str]) -> Image.Image:
+    """16-bit grey, scaled; Pillow's own conversion clips it to white. Colour arrives in 8 bits a channel."""
+    if image.mode == "F":
+        raise Rejected("unsupported_depth", "floating point")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise Rejected("unsupported_depth", "integers beyond 16 bits")
+    transforms.append("scaled_16_bit")
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _opaque(image: Image.Image, background: tuple[int, int, int], transforms: list[str]) -> Image.Image:
+    """Lay transparency, in whichever way the format has it, over the background."""
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of 16-bit colour, which Pillow has cut to its upper byte
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema() == (255, 255):
+        return image.convert("RGB")
+    transforms.append("composited")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
+
+
+def _grey_or_rgb(image: Image.Image, channels: int, transforms: list[str]) -> Image.Image:
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode:
+        return image
+    if image.mode not in ("1", "L", "P", "RGB") or channels == 1:
+        transforms.append(f"{image.mode}_to_{mode}")
+    if image.mode in ("CMYK", "LAB") and channels == 1:
+        image = image.convert("RGB")
+    try:
+        return image.convert(mode)
+    except Exception as error:
+        raise Rejected("damaged") from error
+
+
+def encode(array: NDArray[np.uint8], format: ImageFormat) -> bytes:
+    """A picture as a file; equal arrays give equal bytes.
+
+    Args:
+        array: uint8, (H, W, 3) or (H, W, 1).
+        format: png and webp are lossless, jpeg is quality 95 without chroma subsampling.
+    """
+    options: dict[str, dict[str, Any]] = {
+        "png": {"compress_level": 6},
+        "jpeg": {"quality": 95, "subsampling": 0},
+        "webp": {"lossless": True, "exact": True},
+    }
+    file = io.BytesIO()
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    image.save(file, format.upper(), **options[format])
+    return file.getvalue()
+
+
+def decode(data: bytes, channels: int) -> NDArray[np.uint8]:
+    """The picture in a shard's image file.
+
+    Args:
+        data: what `encode` gave, or an image of another's webdataset.
+        channels: 1 or 3.
+
+    Returns:
+        uint8, (H, W, channels).
+
+    Raises:
+        Rejected: it cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
+            array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except Exception as error:
+        raise Rejected("damaged") from error
+    return array.reshape(*array.shape[:2], channels)

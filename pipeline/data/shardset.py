@@ -1,0 +1,370 @@
+"""The shard set: one writer and one reader for training data and samples alike; `integrity.py` is its verifier.
+
+    NAME-000000.tar   samples KEY.png|jpg|webp, KEY.cls (class number), KEY.json; plain webdataset reads it
+    NAME-000000.npy   the sidecar, one `SIDECAR` row a sample: where its bytes lie and their crc32
+    NAME-000000.json  the shard's record and commit, written after both; it carries what the job wants to remember
+    index.json        written last; a set without it is unfinished
+    rejected.jsonl    the inputs that were not taken, with reasons (absent from sample sets)
+
+A tar cut on a 512-byte boundary ends cleanly in every tar reader, and so does one with a damaged header; only the
+counts kept beside it tell. Hence no index, no reading. Every file appears complete or not at all and equal samples
+give equal bytes: no clock, host or process is in them. `shards/README.md` is the format on one page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset import TarWriter
+
+from pipeline import storage
+from pipeline.errors import DataError
+
+VERSION = 1
+INDEX = "index.json"
+REJECTED = "rejected.jsonl"
+SIDECAR = np.dtype(
+    [
+        ("offset", "<u8"),  # of the sample's first header in the tar
+        ("length", "<u4"),  # of the whole sample: headers, payloads and padding
+        ("crc32", "<u4"),  # of exactly these bytes
+        ("image_offset", "<u4"),  # of the image's payload, relative to `offset`
+        ("image_length", "<u4"),
+        ("label", "<i4"),  # class number, -1: none
+    ]
+)
+_INDEXED = ("name", "bytes", "sha256", "samples", "sidecar_sha256")
+_BLOCK = tarfile.BLOCKSIZE
+_FIX = "run the command that made the set again: it makes only what is missing"
+_REMAKE = "restore it from a copy, or make the set again with --overwrite"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture on its way into a shard."""
+
+    key: str
+    """From `key`; ascending within a shard."""
+    image: bytes
+    """The encoded file."""
+    extension: str
+    """png, jpg or webp."""
+    label: int | None
+    """Class number, or None."""
+    meta: dict[str, Any]
+    """Becomes KEY.json."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of one shard; the first five fields are repeated in the index."""
+
+    name: str
+    """File name of the tar."""
+    bytes: int
+    sha256: str
+    samples: int
+    sidecar_sha256: str
+    extra: dict[str, Any]
+    """Whatever else the job wants to remember; not in the index."""
+
+    @property
+    def stem(self) -> str:
+        """The name without its extension."""
+        return self.name.removesuffix(".tar")
+
+    @staticmethod
+    def parse(value: dict[str, Any]) -> ShardRecord:
+        """A record from NAME-000000.json or from the index.
+
+        Raises:
+            KeyError, TypeError: it is neither.
+        """
+        extra = dict(value)
+        return ShardRecord(**{name: extra.pop(name) for name in _INDEXED}, extra=extra)
+
+    def entry(self) -> dict[str, Any]:
+        """The shard's line in the index."""
+        return {name: getattr(self, name) for name in _INDEXED}
+
+
+def key(position: int) -> str:
+    """The key of an input or seed: its number, zero-padded to nine digits, so that names sort as numbers do."""
+    return f"{position:09d}"
+
+
+class _Measured:
+    """Passes the tar's bytes on to a file, hashing all of them and each sample's.
+
+    TarWriter buffers across samples, so a sample's bytes arrive after the call that wrote it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.bytes = 0
+        self.sha256 = hashlib.sha256()
+        self.crc32s: list[int] = []
+        self._file = file
+        self._held = bytearray()
+        self._lengths: list[int] = []
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        self.sha256.update(data)
+        self.bytes += len(data)
+        self._held += data
+        while len(self.crc32s) < len(self._lengths) and len(self._held) >= self._lengths[len(self.crc32s)]:
+            length = self._lengths[len(self.crc32s)]
+            self.crc32s.append(zlib.crc32(self._held[:length]))
+            del self._held[:length]
+        return len(data)
+
+    def end_sample(self, length: int) -> None:
+        self._lengths.append(length)
+
+
+def write_shard(
+    directory: str, stem: str, samples: Iterable[Sample], extra: Callable[[], dict[str, Any]]
+) -> ShardRecord:
+    """Write one shard: tar, then sidecar, then the record that makes both count.
+
+    Args:
+        directory: the set, a path or URL.
+        stem: NAME-000000.
+        samples: in ascending order of key; consumed one at a time.
+        extra: called once the samples are consumed; goes into the record.
+
+    Returns:
+        The record as written.
+
+    Raises:
+        DataError: no space left, or not permitted; no file of this shard is left half-written.
+    """
+    base = storage.join(directory, stem)
+    storage.remove(f"{base}.json")  # the files about to be replaced must not look committed
+    rows: list[tuple[int, int, int, int, int]] = []
+    with storage.publishing(f"{base}.tar") as file:
+        measured = _Measured(file)
+        with TarWriter(measured, user="", group="", mode=0o444, encoder=False, mtime=0) as tar:
+            for sample in samples:
+                offset = tar.tarstream.offset
+                members = _members(sample)
+                tar.write({"__key__": sample.key, **members})
+                length = tar.tarstream.offset - offset
+                measured.end_sample(length)
+                image_offset = _BLOCK + sum(_BLOCK + _padded(members[m]) for m in members if m < sample.extension)
+                label = -1 if sample.label is None else sample.label
+                rows.append((offset, length, image_offset, len(sample.image), label))
+    sidecar = np.zeros(len(rows), SIDECAR)
+    if rows:
+        for field, column in zip(("offset", "length", "image_offset", "image_length", "label"), zip(*rows)):
+            sidecar[field] = column
+        sidecar["crc32"] = measured.crc32s
+    buffer = io.BytesIO()
+    np.save(buffer, sidecar, allow_pickle=False)
+    storage.write_bytes(f"{base}.npy", buffer.getvalue())
+    record = ShardRecord(
+        name=f"{stem}.tar",
+        bytes=measured.bytes,
+        sha256=measured.sha256.hexdigest(),
+        samples=len(rows),
+        sidecar_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+        extra=extra(),
+    )
+    storage.write_json(f"{base}.json", record.entry() | record.extra)
+    return record
+
+
+def _members(sample: Sample) -> dict[str, bytes]:
+    members = {sample.extension: sample.image, "json": json.dumps(sample.meta).encode()}
+    if sample.label is not None:
+        members["cls"] = str(sample.label).encode()
+    return members
+
+
+def _padded(payload: bytes) -> int:
+    return -(-len(payload) // _BLOCK) * _BLOCK
+
+
+def read_record(directory: str, stem: str) -> ShardRecord | None:
+    """A shard's record, or None if the shard is not committed or its tar has another size than it says."""
+    base = storage.join(directory, stem)
+    try:
+        record = ShardRecord.parse(storage.read_json(f"{base}.json"))
+        whole = storage.size(f"{base}.tar") == record.bytes and storage.exists(f"{base}.npy")
+    except (FileNotFoundError, DataError, KeyError, TypeError):
+        return None
+    return record if whole else None
+
+
+def write_rejected(directory: str, records: Iterable[ShardRecord]) -> None:
+    """Assemble `rejected.jsonl` from the `rejected` lists of the records."""
+    storage.write_bytes(storage.join(directory, REJECTED), rejected_lines(records))
+
+
+def rejected_lines(records: Iterable[ShardRecord]) -> bytes:
+    """What `rejected.jsonl` holds for these records, one JSON object a line."""
+    return "".join(json.dumps(line) + "\n" for record in records for line in record.extra.get("rejected", [])).encode()
+
+
+def write_index(
+    directory: str,
+    records: Iterable[ShardRecord],
+    *,
+    size: tuple[int, int],
+    channels: int,
+    classes: Iterable[str] | None,
+    source: str | dict[str, Any],
+    settings: dict[str, Any],
+    counts: dict[str, Any],
+) -> None:
+    """Write `index.json`, which makes a directory of shards a shard set.
+
+    Args:
+        directory: the set.
+        records: in the order of the shards.
+        size: (height, width) of every picture.
+        channels: 1 or 3.
+        classes: names by class number, or None.
+        source: where the pictures come from.
+        settings: what they were made with; its hash tells whether two sets were made alike.
+        counts: totals for the reader.
+
+    Raises:
+        DataError: no space left, or not permitted.
+    """
+    entries = [record.entry() for record in records]
+    index = {
+        "version": VERSION,
+        "shards": entries,
+        "samples": sum(entry["samples"] for entry in entries),
+        "size": list(size),
+        "channels": channels,
+        "classes": None if classes is None else list(classes),
+        "source": source,
+        "settings": settings,
+        "settings_sha256": settings_sha256(settings),
+        "counts": counts,
+    }
+    storage.write_json(storage.join(directory, INDEX), index)
+
+
+def settings_sha256(settings: dict[str, Any]) -> str:
+    """Hash of settings, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A finished shard set, as its index describes it."""
+
+    url: str
+    shards: tuple[ShardRecord, ...]
+    """As indexed: `extra` is empty, `read_record` has it."""
+    samples: int
+    size: tuple[int, int]
+    """(height, width) of every picture."""
+    channels: int
+    classes: tuple[str, ...] | None
+    sha256: str
+    """Identity of the data: the hash of the list of shard hashes."""
+    source: str | dict[str, Any]
+    settings: dict[str, Any]
+    settings_sha256: str
+    counts: dict[str, Any]
+
+    @staticmethod
+    def open(url: str) -> ShardSet:
+        """Read the index and compare every tar's size with it.
+
+        Raises:
+            DataError: no such directory, no index, a newer or damaged one, or a tar missing or cut short.
+        """
+        shards = ShardSet.indexed(url)
+        for i, record in enumerate(shards.shards):
+            try:
+                found = storage.size(shards.tar(i))
+            except FileNotFoundError as error:
+                raise DataError(f"{shards.tar(i)} is missing: {_FIX}, or restore it from a copy") from error
+            if found != record.bytes:
+                raise DataError(
+                    f"{shards.tar(i)} is cut short or changed: {found} bytes, the index says {record.bytes}: "
+                    f"{_FIX}, or restore it from a copy"
+                )
+        return shards
+
+    @staticmethod
+    def indexed(url: str) -> ShardSet:
+        """What the index says, without a look at the tars.
+
+        Raises:
+            DataError: no such directory, no index, or a newer or damaged one.
+        """
+        if not storage.is_remote(url) and not storage.is_dir(url):
+            raise DataError(f"{url}: no such directory: give the place that `ddpm shard --out` wrote")
+        place = storage.join(url, INDEX)
+        try:
+            index = storage.read_json(place)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{url} has no {INDEX}: it is unfinished or not a shard set: run `ddpm shard` again with the same "
+                "arguments, or `ddpm index` on tars made elsewhere"
+            ) from error
+        try:
+            if index["version"] > VERSION:
+                raise DataError(f"{place} has format {index['version']}, this program reads {VERSION}: upgrade it")
+            height, width = index["size"]
+            shards = tuple(ShardRecord.parse(entry) for entry in index["shards"])
+            if index["samples"] != sum(record.samples for record in shards):
+                raise DataError(f"{place}: `samples` is not the sum over the shards: damaged; {_REMAKE}")
+            return ShardSet(
+                url=url,
+                shards=shards,
+                samples=index["samples"],
+                size=(height, width),
+                channels=index["channels"],
+                classes=None if index["classes"] is None else tuple(index["classes"]),
+                sha256=hashlib.sha256("".join(record.sha256 for record in shards).encode()).hexdigest(),
+                source=index["source"],
+                settings=index["settings"],
+                settings_sha256=index["settings_sha256"],
+                counts=index["counts"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{place} is not the index of a shard set ({error!r}): {_REMAKE}") from error
+
+    def tar(self, i: int) -> str:
+        """Path or URL of shard i's tar."""
+        return storage.join(self.url, self.shards[i].name)
+
+    def sidecar(self, i: int) -> NDArray[np.void]:
+        """Shard i's sidecar: (samples,) of `SIDECAR`, checked against its hash.
+
+        Raises:
+            DataError: missing or damaged.
+        """
+        record = self.shards[i]
+        place = storage.join(self.url, f"{record.stem}.npy")
+        try:
+            data = storage.read_bytes(place)
+        except FileNotFoundError as error:
+            raise DataError(f"{place} is missing: {_FIX}, or restore it from a copy") from error
+        if hashlib.sha256(data).hexdigest() != record.sidecar_sha256:
+            raise DataError(f"{place} does not have the sha256 of the index: damaged or of another shard; {_REMAKE}")
+        rows: NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
+        if rows.dtype != SIDECAR or rows.shape != (record.samples,):
+            raise DataError(f"{place} holds {rows.shape} of {rows.dtype}, not {record.samples} rows; {_REMAKE}")
+        return rows
+
+    @property
+    def shard_samples(self) -> tuple[int, ...]:
+        """Samples in each shard."""
+        return tuple(record.samples for record in self.shards)

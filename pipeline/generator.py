@@ -1,0 +1,196 @@
+"""A trained network and what turns seeds into pictures with it; what the jobs `train` and `sample` share.
+
+A seed fixes a picture: its start and the noise of every step are keyed by it, whatever else is drawn in the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline import config as configuration
+from pipeline import noise, storage
+from pipeline.config import Config, DataSection, SampleSection
+from pipeline.diffusion import samplers
+from pipeline.diffusion.schedule import Denoise, Schedule, make_schedule
+from pipeline.errors import ConfigError, DataError
+from pipeline.model import interchange
+from pipeline.model.unet import UNet
+from pipeline.noise import Use
+from pipeline.run import checkpoint as checkpoints
+
+_SEED = 0  # samples are keyed by their own seed alone
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How to draw: with the seed and the weights, all that decides a picture."""
+
+    settings: SampleSection
+    precision: str = "bf16"
+    """bf16 or fp32, of the network."""
+    label: int | None = None
+    """One class for all; by default the seeds take all classes in turn."""
+    size: tuple[int, int] | None = None
+    """Height and width; by default those of training."""
+
+
+class Generator:
+    """Draws pictures from seeds.
+
+    Args:
+        config: of the run the network comes from.
+        network: on `device`.
+        schedule: of the diffusion, on `device`.
+        device: where to draw.
+        ema: whether the weights are the averaged ones; only written down.
+    """
+
+    def __init__(
+        self, config: Config, network: nn.Module, schedule: Schedule, device: torch.device, ema: bool = True
+    ) -> None:
+        self.config, self.ema = config, ema
+        self._network, self._schedule, self._device = network.eval(), schedule, device
+
+    def labels(self, seeds: Iterable[int], manner: Manner) -> dict[int, int]:
+        """Seed → class; empty for a model without classes."""
+        classes = self.config.model.num_classes
+        return {seed: seed % classes if manner.label is None else manner.label for seed in seeds} if classes else {}
+
+    def pictures(self, seeds: Sequence[int], manner: Manner) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(seed, picture uint8 (H, W, C)) for ascending seeds.
+
+        Batches are aligned to multiples of `settings.batch` and always whole: a seed keeps its slot and its neighbours
+        whichever seeds are asked for, since kernels may round differently in another shape.
+        """
+        batch = manner.settings.batch
+        for start, asked in groupby(seeds, key=lambda seed: seed // batch * batch):
+            *_, last = self._trajectory(range(start, start + batch), manner)
+            drawn = _to_pictures(last.x)
+            yield from ((seed, drawn[seed - start]) for seed in asked)
+
+    def denoising(self, seeds: Sequence[int], manner: Manner, frames: int) -> Iterator[NDArray[np.uint8]]:
+        """The seeds of the first batch on their way from noise to pictures: up to `frames` times uint8 (n, H, W, C)."""
+        start = seeds[0] // manner.settings.batch * manner.settings.batch
+        slots = [seed - start for seed in seeds if seed < start + manner.settings.batch]
+        every = -(-self.sampler(manner.settings).steps // frames)
+        step = None
+        for i, step in enumerate(self._trajectory(range(start, start + manner.settings.batch), manner)):
+            if i % every == 0:
+                yield _to_pictures(step.x)[slots]
+        if step is not None:
+            yield _to_pictures(step.x)[slots]
+
+    def sampler(self, settings: SampleSection) -> samplers.Sampler:
+        """The sampler that the settings name, for this network's diffusion."""
+        total = self.config.diffusion.timesteps
+        return samplers.Sampler(
+            name=settings.sampler,
+            steps=settings.steps or (total if settings.sampler == "ddpm" else min(50, total)),
+            eta=settings.eta,
+            spacing=settings.spacing,
+            variance="learned" if self.config.model.learned_variance else settings.variance,
+        )
+
+    @torch.no_grad()
+    def _trajectory(self, seeds: range, manner: Manner) -> Iterator[samplers.Step]:
+        """The noisy pictures after each step, keyed by seed and timestep."""
+        ids = torch.arange(seeds.start, seeds.stop, device=self._device)
+        shape = (self.config.data.channels, *(manner.size or self.config.data.height_width))
+        by_seed = self.labels(seeds, manner)
+        labels = torch.tensor([by_seed[seed] for seed in seeds], device=self._device) if by_seed else None
+
+        def step_noise(t: int) -> Tensor:
+            return noise.normals(_SEED, ids, Use.SAMPLE_STEP, shape, step=t)
+
+        yield from samplers.sample(
+            self._denoiser(labels, manner), noise.normals(_SEED, ids, Use.SAMPLE_START, shape), self._schedule,
+            self.sampler(manner.settings), step_noise, self.config.diffusion.prediction_type,
+        )  # fmt: skip
+
+    def _denoiser(self, labels: Tensor | None, manner: Manner) -> Denoise:
+        def call(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            with autocast(self._device, manner.precision):
+                return cast(Tensor, self._network(x.contiguous(memory_format=torch.channels_last), t, labels))
+
+        if labels is None:
+            return lambda x, t: call(x, t, None)
+        return samplers.guided(call, labels, self.config.model.num_classes, manner.settings.guidance)
+
+
+def _to_pictures(x: Tensor) -> NDArray[np.uint8]:
+    """Pictures in [-1, 1], (B, C, H, W), as uint8 (B, H, W, C)."""
+    return samplers.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context the network is called in: bf16 autocast, or none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def load(source: str, device: torch.device, *, ema: bool = True) -> tuple[Generator, str]:
+    """A generator from a run, a checkpoint or a diffusers directory, and the sha256 that identifies its weights.
+
+    Raises:
+        ConfigError: there is nothing of that name, or it cannot be expressed here.
+        NoCheckpoint: the run holds no valid checkpoint.
+    """
+    config, weights, identity = _read(source, ema=ema)
+    network = UNet(config.model, channels=config.data.channels, size=config.data.height_width)
+    network.load_state_dict(weights)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(device)
+    return Generator(config, network, schedule, device, ema), identity
+
+
+def load_weights(source: str, config: Config) -> dict[str, Tensor]:
+    """EMA weights of a run, a checkpoint or a diffusers directory, for the network that `config` describes.
+
+    Raises:
+        ConfigError: they belong to another network; the message names the settings that differ.
+    """
+    theirs, weights, _ = _read(source, ema=True)
+    shaping = ("model.dropout", "model.label_dropout")
+    different = {key: values for key, values in configuration.differences(theirs, config).items()
+                 if (key.startswith("model.") and key not in shaping) or key == "data.channels"}  # fmt: skip
+    if different:
+        diff = "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in different.items())
+        raise ConfigError(f"train.init_from {source} is another network ({diff}): set these keys alike")
+    return weights
+
+
+def _read(source: str, *, ema: bool) -> tuple[Config, dict[str, Tensor], str]:
+    folder = next(
+        (f for f in (source, storage.join(source, "unet")) if storage.exists(storage.join(f, "config.json"))), None
+    )
+    if folder:
+        return _read_diffusers(source, folder)
+    checkpoint = checkpoints.find(source)
+    config = configuration.parse(checkpoint.state()["config"], f"{checkpoint.path}/state.json")
+    return config, checkpoint.tensors("ema" if ema else "model"), checkpoint.manifest_sha256
+
+
+def _read_diffusers(source: str, folder: str) -> tuple[Config, dict[str, Tensor], str]:
+    """The layout that diffusers saves: a UNet2DModel folder, alone or in a DDPMPipeline with its scheduler."""
+    unet = storage.read_json(storage.join(folder, "config.json"))
+    weights_file = storage.join(folder, "diffusion_pytorch_model.safetensors")
+    if not storage.exists(weights_file):
+        raise DataError(f"{folder} has no diffusion_pytorch_model.safetensors: save it with safe_serialization=True")
+    model, channels, size = interchange.section_from_diffusers(unet)
+    scheduler_file = storage.join(source, "scheduler", "scheduler_config.json")
+    scheduler = storage.read_json(scheduler_file) if storage.exists(scheduler_file) else {}
+    config = Config(
+        data=DataSection(size=size, channels=channels),
+        model=model,
+        diffusion=interchange.diffusion_from_diffusers(scheduler),
+    )
+    weights = interchange.from_diffusers(safetensors.torch.load(storage.read_bytes(weights_file)))
+    return config, weights, checkpoints.sha256(weights_file)

@@ -1,0 +1,1 @@
+"""The network, its moving average, and its names in `diffusers`."""

@@ -1,0 +1,200 @@
+"""Checkpoints: written so that a kill at any moment costs only what came after the last one.
+
+`RUN/checkpoints/step_00012000/` holds model, ema and optimizer as safetensors, `state.json`, and last of all
+`manifest.json` with the size and sha256 of each. A checkpoint exists if and only if its manifest is there and all of
+them agree; one rule for local directories and object stores, with nothing to rename. The tensors' files are a function
+of the step alone. There is no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.errors import ConfigError, NoCheckpoint
+
+VERSION = 1
+_NAME = re.compile(r"step_(\d{8,})")
+_MANIFEST = "manifest.json"
+_KEEP = "KEEP"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files agree with its manifest."""
+
+    path: str
+    step: int
+    manifest_sha256: str
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Name → CPU tensor of one part: model, ema or optimizer."""
+        tensors: dict[str, Tensor] = safetensors.torch.load(
+            storage.read_bytes(storage.join(self.path, f"{part}.safetensors"))
+        )
+        return tensors
+
+    def state(self) -> dict[str, Any]:
+        """What is not a tensor: configuration, position in the data, versions."""
+        return dict(storage.read_json(storage.join(self.path, "state.json")))
+
+
+def write(run_dir: str, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Checkpoint:
+    """Save a checkpoint; it exists once this returns, and not before.
+
+    Args:
+        run_dir: the run.
+        step: finished steps.
+        parts: file stem → name → tensor.
+        state: JSON values.
+
+    Raises:
+        DataError: no space left; an older checkpoint is untouched.
+    """
+    path = storage.join(run_dir, "checkpoints", f"step_{step:08d}")
+    try:
+        return _validated(path)
+    except _InvalidError:
+        storage.remove(path)  # the remains of a killed save, or damaged; nothing valid is ever overwritten
+    files = {f"{part}.safetensors": _to_bytes(tensors) for part, tensors in parts.items()}
+    files["state.json"] = (json.dumps(state, indent=1) + "\n").encode()
+    manifest: dict[str, Any] = {"version": VERSION, "step": step, "files": {}}
+    try:
+        for name, data in files.items():
+            storage.write_bytes(storage.join(path, name), data)
+            manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        storage.write_json(storage.join(path, _MANIFEST), manifest)
+    except BaseException:
+        storage.remove(path)
+        raise
+    return Checkpoint(path, step, sha256(storage.join(path, _MANIFEST)))
+
+
+def newest(run_dir: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint, and why each newer one was rejected; (None, []) for a run that never saved.
+
+    Raises:
+        NoCheckpoint: there are checkpoints, but none is valid: a run never goes back to step 0 in silence.
+    """
+    rejected: list[str] = []
+    for name in reversed(_names(run_dir)):
+        try:
+            return _validated(storage.join(run_dir, "checkpoints", name)), rejected
+        except _InvalidError as reason:
+            rejected.append(f"ignored {name}: {reason}")
+    # A first save that was killed leaves only a directory without manifest: there is nothing to lose yet.
+    if all(line.endswith(f"no {_MANIFEST}") for line in rejected):
+        return None, rejected
+    raise NoCheckpoint(
+        f"{run_dir}: no valid checkpoint ({'; '.join(rejected)}): restore one, or move the run away to start anew"
+    )
+
+
+def find(source: str) -> Checkpoint:
+    """The newest valid checkpoint of a run, or the checkpoint itself if `source` is one.
+
+    Raises:
+        ConfigError: there is nothing of that name.
+        NoCheckpoint: it holds none that is valid.
+    """
+    if not storage.exists(source):
+        raise ConfigError(f"{source}: no such run or checkpoint")
+    if storage.exists(storage.join(source, _MANIFEST)):
+        try:
+            return _validated(source)
+        except _InvalidError as reason:
+            raise NoCheckpoint(f"{source}: {reason}: take another checkpoint of the run") from None
+    checkpoint, _ = newest(source)
+    if checkpoint is None:
+        raise NoCheckpoint(f"{source}: holds no checkpoint yet: train first, or give another run")
+    return checkpoint
+
+
+def keep(checkpoint: Checkpoint) -> None:
+    """Exempt a checkpoint from retention for good."""
+    storage.write_bytes(storage.join(checkpoint.path, _KEEP), b"")
+
+
+def retain(run_dir: str, keep_last: int, keep_every: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints, milestones at multiples of `keep_every`, and kept ones.
+
+    Only committed checkpoints count, so the remains of failed saves never push a good one out.
+    """
+    root = storage.join(run_dir, "checkpoints")
+    committed = [name for name in _names(run_dir) if storage.exists(storage.join(root, name, _MANIFEST))]
+    for name in committed[:-keep_last]:
+        milestone = keep_every and _step(name) % keep_every == 0
+        if not milestone and not storage.exists(storage.join(root, name, _KEEP)):
+            storage.remove(storage.join(root, name, _MANIFEST))  # first, so that a kill in between leaves no half one
+            storage.remove(storage.join(root, name))
+
+
+def verify(run_dir: str) -> list[str]:
+    """What is wrong with each checkpoint of a run, one line each; [] if all is sound."""
+    findings = []
+    for name in _names(run_dir):
+        try:
+            _validated(storage.join(run_dir, "checkpoints", name))
+        except _InvalidError as reason:
+            findings.append(f"{name}: {reason}")
+    return findings
+
+
+class _InvalidError(Exception):
+    """Why a directory is not a checkpoint."""
+
+
+def _validated(path: str) -> Checkpoint:
+    manifest_path = storage.join(path, _MANIFEST)
+    try:
+        data = storage.read_bytes(manifest_path)
+    except FileNotFoundError:
+        raise _InvalidError(f"no {_MANIFEST}") from None
+    try:
+        manifest = json.loads(data)
+        version, step, files = manifest["version"], int(manifest["step"]), dict(manifest["files"])
+    except (ValueError, KeyError, TypeError):
+        raise _InvalidError(f"{_MANIFEST} is damaged") from None
+    if version > VERSION:
+        raise ConfigError(
+            f"{path}: written in format {version}, this version reads up to {VERSION}: upgrade ddpm-pipeline"
+        )
+    for name, entry in files.items():
+        file = storage.join(path, name)
+        if not storage.exists(file):
+            raise _InvalidError(f"{name} is missing")
+        if storage.size(file) != entry["bytes"]:
+            raise _InvalidError(f"{name} has {storage.size(file)} bytes instead of {entry['bytes']}")
+        if sha256(file) != entry["sha256"]:
+            raise _InvalidError(f"{name} does not match its sha256")
+    return Checkpoint(path, step, hashlib.sha256(data).hexdigest())
+
+
+def _names(run_dir: str) -> list[str]:
+    names = [name for name in storage.listdir(storage.join(run_dir, "checkpoints")) if _NAME.fullmatch(name)]
+    return sorted(names, key=_step)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step_"))
+
+
+def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    data: bytes = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    return data
+
+
+def sha256(url: str) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with storage.open_read(url) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

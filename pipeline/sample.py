@@ -1,0 +1,250 @@
+"""Job: checkpoint + seeds → samples. `ddpm sample RUN --seeds 0-49999 --out SAMPLES`, or `accelerate launch` for many.
+
+A map over shards of seeds, without any collective. Whatever number of processes work on it, and however often they are
+killed, the set comes out the same: a seed always meets the same noise, in the same slot of a batch of the same size,
+and a shard is done once its record is there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from pipeline import generator as generators
+from pipeline import storage
+from pipeline.config import SampleSection
+from pipeline.data import images, video
+from pipeline.data.grid import grid
+from pipeline.data.sampleset import Format, SampleSet, parse_seeds
+from pipeline.errors import ConfigError, Stopped
+from pipeline.generator import Generator, Manner
+from pipeline.run.interrupt import Interrupt
+from pipeline.run.progress import Progress
+
+SHOWN = 100
+"""Most pictures in a grid or a video: the first of the seeds asked for."""
+SHARD_SAMPLES = 1024
+"""Seeds in a shard if not said otherwise."""
+VIDEO_FRAMES = 120
+"""Most frames of a video before its last one."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, and where it goes."""
+
+    seeds: tuple[range, ...]
+    out: str | None = None
+    format: Format = "tar"
+    shard_samples: int = SHARD_SAMPLES
+    grid: str | None = None
+    video: str | None = None
+
+
+def sample(
+    generator: Generator, identity: str, manner: Manner, request: Request, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Draw the pictures of all seeds asked for that are not there yet.
+
+    Args:
+        generator: the trained network.
+        identity: sha256 that identifies its weights.
+        manner: how to draw.
+        request: what to draw, and where to.
+        quiet: show nothing but warnings.
+
+    Returns:
+        `images` asked for, `drawn` by this process, `complete`, `seconds`, and where they are.
+
+    Raises:
+        ConfigError: the request does not fit the model, or the output holds something else.
+        DataError: no space left.
+        Stopped: a signal asked for it; finished shards stay.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    started, total = time.monotonic(), sum(map(len, request.seeds))
+    first = [seed for part in request.seeds for seed in part[:SHOWN]][:SHOWN]
+    shown: dict[int, Any] = dict.fromkeys(first)
+    _check(generator, manner, request)
+    result: dict[str, Any] = {"images": total, "drawn": 0, "complete": True, "out": request.out}
+    with Interrupt() as interrupt, Progress(total, "sampling", unit="images", quiet=quiet or rank > 0) as progress:
+        if total < manner.settings.batch // 2:
+            progress.say(f"{total} of the {manner.settings.batch} slots of a batch used; --batch {total} is faster, "
+                         "but the last bits of the pictures may differ")  # fmt: skip
+
+        # Shard by shard; what another start or another process has finished is not done again.
+        if request.out:
+            sample_set = SampleSet(
+                request.out,
+                request.format,
+                request.shard_samples,
+                _provenance(generator, identity, manner, request),
+                _environment(),
+            )
+            sample_set.check()
+            for i, asked in _in_turn(list(sample_set.shards(request.seeds)), rank, world_size):
+                there = sample_set.there(i)
+                if not there.issuperset(asked):
+                    seeds = sorted(there.union(asked))
+                    drawn = _until_stopped(generator.pictures(seeds, manner), interrupt, progress)
+                    sample_set.write(i, _remembering(drawn, shown), generator.labels(seeds, manner))
+                    result["drawn"] += len(seeds)
+                else:
+                    progress.advance(len(asked))
+            data, classes = generator.config.data, generator.config.model.num_classes
+            size = manner.size or data.height_width
+            result["complete"] = sample_set.finish(request.seeds, size=size, channels=data.channels, classes=classes)
+            progress.say(f"{result['drawn']} pictures drawn, {total} asked for: {request.out}"
+                         + ("" if result["complete"] else " (other processes are still at work)"))  # fmt: skip
+
+        # A sheet and a video of the first seeds.
+        if request.grid and rank == 0:
+            missing = [seed for seed in first if shown[seed] is None]
+            shown |= _until_stopped(generator.pictures(missing, manner), interrupt)
+            storage.write_bytes(request.grid, images.encode(grid(np.stack([shown[seed] for seed in first])), "png"))
+            progress.say(f"grid of {len(first)} pictures: {request.grid}")
+        if request.video and rank == 0:
+            frames = _until_stopped(
+                (grid(pictures) for pictures in generator.denoising(first, manner, VIDEO_FRAMES)), interrupt
+            )
+            storage.write_bytes(request.video, video.encode(frames, request.video.rpartition(".")[2]))
+            progress.say(f"video of their denoising: {request.video}")
+    return result | {"grid": request.grid, "video": request.video, "seconds": round(time.monotonic() - started, 3)}
+
+
+def from_flags(
+    source: str,
+    settings: dict[str, Any],
+    *,
+    seeds: str,
+    shard_samples: int | None,
+    ema: bool,
+    precision: str | None,
+    label: int | None,
+    size: tuple[int, int] | None,
+    quiet: bool,
+    **outputs: Any,
+) -> dict[str, Any]:
+    """`sample` with what the command line gives; what it leaves open comes from the run."""
+    ranges = parse_seeds(seeds)
+    generator, identity = generators.load(source, _device(), ema=ema)
+    section = SampleSection.model_validate(generator.config.sample.model_dump() | settings)
+    batch = section.batch
+    if shard_samples and "batch" not in settings:  # only the shard's size is asked for, so the batch may follow
+        batch = max(size for size in range(1, batch + 1) if shard_samples % size == 0)
+    section = section.model_copy(update={"batch": batch})
+    manner = Manner(section, precision or generator.config.train.precision, label, size)
+    request = Request(ranges, shard_samples=shard_samples or max(1, SHARD_SAMPLES // batch) * batch, **outputs)
+    return sample(generator, identity, manner, request, quiet=quiet)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _check(generator: Generator, manner: Manner, request: Request) -> None:
+    """Refuse what the model cannot do, before anything is drawn."""
+    model, data = generator.config.model, generator.config.data
+    if not (request.out or request.grid or request.video):
+        raise ConfigError("nothing to write: give --out SAMPLES, --grid FILE.png or --video FILE.mp4")
+    if (manner.label is not None or manner.settings.guidance != 1.0) and not model.num_classes:
+        raise ConfigError(
+            "--label and --guidance need a class-conditional model, this one is unconditional: leave them out"
+        )
+    if manner.label is not None and manner.label >= model.num_classes:
+        raise ConfigError(f"--label {manner.label}: this model knows the classes 0 to {model.num_classes - 1}")
+    if manner.settings.guidance != 1.0 and not model.label_dropout:
+        raise ConfigError(
+            "--guidance: the model was trained with model.label_dropout=0 and cannot be guided: leave it out"
+        )
+    if request.shard_samples % manner.settings.batch:
+        raise ConfigError(
+            f"--shard-samples {request.shard_samples} is not a multiple of --batch {manner.settings.batch}: change either"
+        )
+    height, width = manner.size or data.height_width
+    stride = 2 ** (len(model.channel_mults) - 1)
+    if height % stride or width % stride:
+        raise ConfigError(f"--size {height}x{width}: this network draws multiples of {stride} pixels: change it")
+    if (height, width) != data.height_width:
+        sys.stderr.write(
+            f"warning: trained at {data.height_width[0]}x{data.height_width[1]}, drawing at {height}x{width}: expect "
+            "repeated or broken shapes\n"
+        )
+
+
+def _provenance(generator: Generator, identity: str, manner: Manner, request: Request) -> dict[str, Any]:
+    sampler, settings = generator.sampler(manner.settings), manner.settings
+    return {
+        "checkpoint_sha256": identity,
+        "weights": "ema" if generator.ema else "model",
+        "sampler": sampler.name,
+        "steps": sampler.steps,
+        "eta": sampler.eta,
+        "spacing": sampler.spacing,
+        "variance": sampler.variance,
+        "guidance": settings.guidance,
+        "label": manner.label,
+        "batch": settings.batch,
+        "precision": manner.precision,
+        "size": list(manner.size or generator.config.data.height_width),
+        "format": request.format,
+        "shard_samples": request.shard_samples,
+    }
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _in_turn(shards: list[_T], rank: int, world_size: int) -> list[_T]:
+    """The shards of this process: its share under a launcher, otherwise all of them in random order.
+
+    Independent processes share the work that way: each looks before a shard whether it is done, and a shard that two
+    of them draw at once comes out the same.
+    """
+    if world_size == 1:
+        random.SystemRandom().shuffle(shards)
+    return shards[rank::world_size]
+
+
+def _remembering(pictures: Iterator[tuple[int, Any]], shown: dict[int, Any]) -> Iterator[tuple[int, Any]]:
+    """Keep the pictures that the sheet will show."""
+    for seed, picture in pictures:
+        if seed in shown:
+            shown[seed] = picture
+        yield seed, picture
+
+
+def _until_stopped(items: Iterable[_T], interrupt: Interrupt, progress: Progress | None = None) -> Iterator[_T]:
+    for item in items:
+        if interrupt.requested:
+            raise Stopped(
+                f"stop requested ({interrupt.requested}): finished shards stay; the same command goes on from there"
+            )
+        yield item
+        if progress:
+            progress.advance()
+
+
+if __name__ == "__main__":
+    from pipeline import cli
+
+    cli.main(["sample", *sys.argv[1:]])
