@@ -134,8 +134,9 @@ def shard(
             images.add(record)
             progress.advance(record.extra["counts"]["inputs"])
     if left := images.missing():
+        made = len(images.tasks) - len(left)
         raise Stopped(
-            f"stopped by {interrupt.requested} with {len(images.tasks) - len(left)} of {len(images.tasks)} shards made: "
+            f"stopped by {interrupt.requested} with {made} of {len(images.tasks)} shards made: "
             "the same command goes on from there"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter
 from hashlib import blake2b
-from itertools import islice
+from itertools import groupby, islice, pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from pipeline.data.order import Item, Order, Place, allowed_worlds, check_world,
 from pipeline.errors import ConfigError, DataError
 from pipeline.noise import Use, uniforms
 
-settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
+settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("quick")
 
 
@@ -92,7 +92,7 @@ def test_a_new_start_reads_again_fewer_samples_than_the_window(order: Order, dat
 
 @given(orders(), st.integers(0, 11))
 def test_a_reader_goes_forwards_reads_once_and_holds_less_than_the_window(order: Order, lane: int) -> None:
-    for items in lane_epochs(order, lane % order.lanes, 120):
+    for items in lane_epochs(order, lane % order.lanes, 80):
         held: set[Place] = set()
         path: list[Place] = []
         for item in items:
@@ -101,16 +101,15 @@ def test_a_reader_goes_forwards_reads_once_and_holds_less_than_the_window(order:
             held.remove(item.place)
             assert len(held) < order.window
         assert len(path) == len(set(path))
-        shards_passed = [shard for shard, previous in zip([place.shard for place in path], [None, *path]) if True]
-        assert len({*shards_passed}) == 1 + sum(a.shard != b.shard for a, b in zip(path, path[1:]))
-        assert all(b.row == a.row + 1 for a, b in zip(path, path[1:]) if a.shard == b.shard)
+        assert len({place.shard for place in path}) == len([*groupby(path, key=lambda place: place.shard)])
+        assert all(b.row == a.row + 1 for a, b in pairwise(path) if a.shard == b.shard)
 
 
 @given(orders(), st.integers(0, 11))
 def test_no_sample_moves_as_far_as_the_window(order: Order, lane: int) -> None:
     straight = Order(order.seed, order.shard_samples, order.global_batch, order.lanes, window=1)
     for mixed, plain in zip(
-        lane_epochs(order, lane % order.lanes, 120)[:-1], lane_epochs(straight, lane % order.lanes, 120)[:-1]
+        lane_epochs(order, lane % order.lanes, 80)[:-1], lane_epochs(straight, lane % order.lanes, 80)[:-1]
     ):
         unmoved = {item.place: i for i, item in enumerate(plain)}
         assert unmoved.keys() == {item.place for item in mixed}
@@ -145,9 +144,13 @@ def test_the_order_is_frozen() -> None:
     assert blake2b(places.tobytes(), digest_size=16).hexdigest() == GOLDEN_HASH
 
 
-GOLDEN_SHUFFLE: list[int] = []
-GOLDEN_PLACES: list[tuple[int, int]] = []
-GOLDEN_HASH = ""
+GOLDEN_SHUFFLE = [1, 2, 0, 3, 4, 5, 6, 7, 8, 10, 9, 11, 12, 13, 15, 18, 14, 16, 19, 17]
+GOLDEN_PLACES = [
+    *[(3, 0), (3, 7), (0, 4), (3, 1), (3, 8), (2, 0), (3, 2), (3, 6), (0, 3), (3, 4), (0, 0), (2, 1), (3, 3), (0, 1)],
+    *[(2, 2), (3, 5), (0, 2), (3, 3), (2, 0), (0, 3), (3, 4), (2, 1), (0, 4), (3, 5), (2, 2), (3, 0), (3, 7), (0, 1)],
+    *[(3, 2), (3, 6), (0, 2), (3, 1), (3, 8), (0, 0)],
+]
+GOLDEN_HASH = "cd45561831575ccb65d0fda10eb9fed6"
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
@@ -170,13 +173,13 @@ def test_lanes_and_epochs_shuffle_differently_within_the_window() -> None:
     assert len(patterns) == 8
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_neighbours_in_a_batch_are_unrelated(seed: int) -> None:
     order = Order(seed, (100,) * 400, global_batch=128, lanes=64, window=64)
     for epoch in range(2):
         items = first_items(order, (epoch + 1) * order.samples)[epoch * order.samples :]
         ids = np.array([item.place.shard * 100 + item.place.row for item in items], dtype=np.float64)
-        # 400 shards, each in one piece of the order: the correlation of independent ids would spread by 400**-0.5 = 0.05
+        # There are 400 shards, each in one piece: the correlation of independent ids would spread by 400**-0.5 = 0.05.
         assert abs(np.corrcoef(ids[:-1], ids[1:])[0, 1]) < 0.2
 
 
@@ -197,10 +200,14 @@ def test_global_batch_may_change_between_two_starts() -> None:
     small, large = (Order(1, (30, 30), global_batch=g, lanes=4, window=8) for g in (4, 12))
     consumed = 24
     for lane in range(4):
-        assert [*islice(small.lane_stream(lane, consumed // 4), 9)] == [*islice(large.lane_stream(lane, consumed // 4), 9)]
+        assert [*islice(small.lane_stream(lane, consumed // 4), 9)] == [
+            *islice(large.lane_stream(lane, consumed // 4), 9)
+        ]
 
 
-@pytest.mark.parametrize(("global_batch", "lanes"), [(1, 1), (12, 12), (64, 64), (128, 64), (96, 48), (67, 1), (130, 26)])
+@pytest.mark.parametrize(
+    ("global_batch", "lanes"), [(1, 1), (12, 12), (64, 64), (128, 64), (96, 48), (67, 1), (130, 26)]
+)
 def test_default_lanes_are_the_largest_divisor_up_to_64(global_batch: int, lanes: int) -> None:
     assert default_lanes(global_batch) == lanes
 

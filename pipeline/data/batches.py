@@ -167,7 +167,9 @@ class Batches:
             killer.start()
             self._iterator = None  # torch ends its workers when their iterator goes, and has no other way
             killer.cancel()
-            self._reap()
+            self._reap()  # those that are left after an error, whose traceback holds the iterator
+            for worker in self._workers:
+                worker.join(_GRACE_S)
 
     def __enter__(self) -> Batches:
         return self

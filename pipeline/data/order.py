@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -89,7 +89,7 @@ class Order:
             before = self._given(epoch * self.samples)
             lengths = self._given((epoch + 1) * self.samples) - before
             key, done = mix(self.seed, epoch, lane), start - int(before[lane])
-            first, layout = int(lengths[:lane].sum()), self._layout(epoch)
+            first, layout = int(lengths[:lane].sum()), _layout(self.seed, epoch, self.shard_samples)
             unread: deque[tuple[int, Place]] = deque()
             for reads, gives in shuffled(key, int(lengths[lane]), self.window, done):
                 unread.extend(zip(reads.tolist(), layout.places(first + reads)))
@@ -99,13 +99,6 @@ class Order:
                         ahead.append(unread.popleft()[1])
                     yield Item(lane + self.lanes * start, place, ahead)
                     start += 1
-
-    def _layout(self, epoch: int) -> _Layout:
-        """The shards of an epoch, permuted and laid end to end."""
-        shards = _argsort(_uniforms(mix(self.seed, epoch), Use.SHARD_ORDER, 0, len(self.shard_samples)))
-        counts = np.array(self.shard_samples, dtype=np.int64)[shards]
-        ends = np.cumsum(counts)
-        return _Layout(shards, ends - counts, ends)
 
     def _given(self, position: int) -> NDArray[np.int64]:
         """How many positions below this one each lane has, (V,)."""
@@ -126,6 +119,15 @@ class _Layout:
         return list(map(Place, self.shards[slot].tolist(), (index - self.starts[slot]).tolist()))
 
 
+@lru_cache(maxsize=2)  # the lanes of a process come to an epoch together
+def _layout(seed: int, epoch: int, shard_samples: tuple[int, ...]) -> _Layout:
+    """The shards as permuted for an epoch."""
+    shards = _argsort(_uniforms(mix(seed, epoch), Use.SHARD_ORDER, 0, len(shard_samples)))
+    samples = np.array(shard_samples, dtype=np.int64)[shards]
+    ends = np.cumsum(samples)
+    return _Layout(shards, ends - samples, ends)
+
+
 def shuffled(key: int, length: int, window: int, start: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """0, 1 … `length` - 1 in the order of i + window·u_i, from place `start` on, in pieces of bounded size.
 
@@ -135,7 +137,7 @@ def shuffled(key: int, length: int, window: int, start: int) -> Iterator[tuple[N
     Args:
         key: what u is drawn from.
         length: how many there are.
-        window: how far an index may move, less one.
+        window: no index moves by so many places.
         start: how many are given already, 0 ≤ start < length.
 
     Yields:
@@ -169,6 +171,8 @@ def _draw(key: int, start: int, end: int, window: int) -> tuple[NDArray[np.int64
 
 
 def _uniforms(key: int, use: Use, start: int, count: int) -> NDArray[np.float64]:
+    if count == 0:
+        return np.empty(0)
     drawn: NDArray[np.float64] = uniforms(key, torch.arange(start, start + count), use).numpy()
     return drawn
 

@@ -8,6 +8,7 @@ itself. Signals are the job's affair; a terminal and SLURM send them to every pr
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable
@@ -104,8 +105,10 @@ def _serve(pipe: Connection, setup: Callable[[], State], work: Callable[[State, 
         if pipe.poll():  # the job says nothing while a task is running, so this is the end of the pipe
             raise SystemExit
 
+    state = setup()
+    # Decoders in C complain on their own account; what is wrong with an input is said by the reason it ends with.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with suppress(EOFError, BrokenPipeError):
-        state = setup()
         while True:
             task = pipe.recv()
             answer: tuple[Result | None, Exception | None]

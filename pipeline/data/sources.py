@@ -258,9 +258,14 @@ class _Tar:
                 elif entry.islnk() and entry.linkname in files:  # a second name of a file, stored once
                     yield files[entry.linkname]._replace(path=_plain(entry.name))
             self._stream.seek(archive.offset)
-            # Where a tar is cut on a block's edge, or a header is damaged, tar readers see its end.
-            if self._stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end-of-archive mark at byte {archive.offset}: cut short or damaged")
+            # Where a tar is cut on a block's edge, or a header is damaged or zeroed, tar readers see its end.
+            rest = self._stream.read(tarfile.BLOCKSIZE)
+            if len(rest) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("no end-of-archive mark: cut short")
+            while rest:
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError(f"it ends at byte {archive.offset}, but more follows: damaged or joined")
+                rest = self._stream.read(1 << 20)
 
     def read(self, member: Member) -> bytes:
         self._stream.seek(member.place)

@@ -8,7 +8,7 @@ output are float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -262,7 +262,7 @@ class UNet(nn.Module):
         embedding = self._embed(t, labels)
         x = self.conv_in(x)
         skips = [x]
-        for level in cast("Iterator[Level]", self.down):
+        for level in cast("Iterable[Level]", self.down):
             for block, attention in zip(level.blocks, level.attentions):
                 x = self._run(attention, self._run(block, embedding, x))
                 skips.append(x)
@@ -272,7 +272,7 @@ class UNet(nn.Module):
         before, after = self.middle.blocks
         (attention,) = self.middle.attentions
         x = self._run(after, embedding, self._run(attention, self._run(before, embedding, x)))
-        for level in cast("Iterator[Level]", self.up):
+        for level in cast("Iterable[Level]", self.up):
             for block, attention in zip(level.blocks, level.attentions):
                 x = self._run(attention, self._run(block, embedding, x, skips.pop()))
             if level.resample is not None:

@@ -1,0 +1,72 @@
+"""Start the real commands: `ddpm` and `accelerate launch` with several gloo processes, and kill them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+_TINY_YAML = Path(__file__).parent / "tiny.yaml"
+TINY = ("--config", str(_TINY_YAML))
+"""A network of a few thousand parameters on 8-px digits."""
+_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def ddpm(job: str, *arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run `ddpm JOB …` to its end."""
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", job, *map(str, arguments)]
+    return subprocess.run(command, env=_ENV, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def start(processes: int, job: str, *arguments: object, log: Path) -> subprocess.Popen[bytes]:
+    """Start `accelerate launch -m pipeline.JOB …` with so many gloo processes; output is appended to `log`."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    if processes > 1:
+        launcher.append("--multi_gpu")  # the way to several ranks also without any GPU
+    command = [*launcher, "-m", f"pipeline.{job}", *map(str, arguments)]
+    with log.open("ab") as output:
+        return subprocess.Popen(command, env=_ENV, stdout=output, stderr=output)
+
+
+def launch(processes: int, job: str, *arguments: object, log: Path, timeout_s: float = 180) -> int:
+    """The same, to its end; the launcher's exit code."""
+    launcher = start(processes, job, *arguments, log=log)
+    try:
+        return launcher.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        kill(launcher)
+        raise AssertionError(f"no end after {timeout_s} s:\n{log.read_text()[-4000:]}") from None
+
+
+def kill(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the launcher and everything below it, at once."""
+    try:
+        family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=30)
+    launcher.wait()
+
+
+def until(condition: Callable[[], bool], launcher: subprocess.Popen[bytes], timeout_s: float = 120) -> bool:
+    """Wait for a condition; False if the launcher ends before it holds."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        if launcher.poll() is not None:
+            return condition()
+        time.sleep(0.002)
+    kill(launcher)
+    raise AssertionError(f"condition not met in {timeout_s} s")

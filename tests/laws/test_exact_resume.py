@@ -1,0 +1,131 @@
+"""A killed job goes on as if nothing had happened: the same bytes, after kills at any moment, with three ranks.
+
+Three, because with two ranks the order in which gradients are summed does not depend on DistributedDataParallel's buckets.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.launch import TINY, ddpm, kill, launch, start, until
+
+RANKS = 3
+STEPS = 20
+PARTS = ("model", "ema", "optimizer")
+
+
+def last_checkpoint(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step_*/manifest.json")).parent
+
+
+def committed_step(run: Path) -> int:
+    return max((int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step_*/manifest.json")), default=0)
+
+
+def assert_same_bytes(run: Path, other: Path) -> None:
+    mine, theirs = last_checkpoint(run), last_checkpoint(other)
+    assert mine.name == theirs.name
+    for part in PARTS:
+        if (mine / f"{part}.safetensors").read_bytes() != (theirs / f"{part}.safetensors").read_bytes():
+            a, b = load_file(mine / f"{part}.safetensors"), load_file(theirs / f"{part}.safetensors")
+            name, gap = max(((name, (a[name] - b[name]).abs().max().item()) for name in a), key=lambda item: item[1])
+            pytest.fail(f"{part} differs at step {mine.name}, most in {name}: {gap:.3g}")
+
+
+@pytest.fixture(scope="module")
+def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    log = run.parent / "log"
+    assert launch(RANKS, "train", *TINY, f"data.shards={digits}", f"run.dir={run}", log=log) == 0, log.read_text()
+    return run
+
+
+def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(digits: Path, unbroken: Path, tmp_path: Path) -> None:
+    run, log, moment = tmp_path / "run", tmp_path / "log", random.Random(0)
+    arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}")
+
+    def half_saved() -> bool:  # a checkpoint is being written: its directory is there, its manifest is not
+        return any(not (path / "manifest.json").exists() for path in (run / "checkpoints").glob("step_*"))
+
+    starts = 0
+    while not (run / "DONE").exists():
+        launcher, begun = start(RANKS, "train", *arguments, log=log), committed_step(run)
+        starts += 1
+        if starts <= 5:
+            if starts % 2:
+                until(half_saved, launcher)
+            else:
+                target = begun + moment.randint(2, 6)
+                until(lambda target=target: committed_step(run) >= target, launcher)  # type: ignore[misc]
+            kill(launcher)
+        else:
+            assert launcher.wait(180) == 0, log.read_text()[-4000:]
+    assert starts > 3, "the run ended before it was killed often enough"
+    assert log.read_text().count("resuming at step") >= 2
+    assert_same_bytes(run, unbroken)
+
+
+def test_a_run_told_to_stop_saves_and_goes_on(digits: Path, unbroken: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}", "run.checkpoint_every=1000")
+    launcher = start(RANKS, "train", *arguments, log=log)
+    assert until(lambda: (run / "log.jsonl").exists() and (run / "log.jsonl").read_text().count("\n") >= 3, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(60)
+    assert "stop requested (SIGTERM): saved step" in log.read_text(), log.read_text()[-4000:]
+    assert 0 < committed_step(run) < STEPS
+    assert launch(RANKS, "train", *arguments, log=log) == 0
+    assert_same_bytes(run, unbroken)
+
+
+def test_curves_of_a_killed_run_have_each_step_once(digits: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}", "run.checkpoint_every=8", "train.steps=16")
+    launcher = start(1, "train", *arguments, log=log)
+    until(lambda: committed_step(run) == 8 and (run / "log.jsonl").read_text().count("\n") >= 11, launcher)
+    kill(launcher)
+    assert launch(1, "train", *arguments, log=log) == 0
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 17))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(digits: Path, tiny_run: Path) -> None:
+    before = {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
+    result = ddpm("train", *TINY, f"data.shards={digits}", f"run.dir={tiny_run}", "train.steps=6")
+    assert result.returncode == 0
+    assert "done at step 6, nothing to do" in result.stderr
+    assert {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_trains_on_at_a_lower_rate_and_keeps_its_old_model(digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}", "train.lr_stages=[[4, 1e-3]]")
+    ddpm("train", *arguments, "train.steps=4").check_returncode()
+    finished = (run / "checkpoints/step_00000004/model.safetensors").read_bytes()
+    on = ddpm("train", *arguments[:-1], "train.lr_stages=[[4, 1e-3], [8, 1e-4]]", "train.steps=12")
+    assert on.returncode == 0, on.stderr
+    rates = {
+        (line := json.loads(text))["step"]: line["train/lr"] for text in (run / "log.jsonl").read_text().splitlines()
+    }
+    assert rates[4] == 1e-3
+    assert rates[5] == rates[12] == 1e-4
+    assert (run / "checkpoints/step_00000004/model.safetensors").read_bytes() == finished
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step_00000004", "step_00000010", "step_00000012",
+    ]  # fmt: skip
+
+
+def test_a_new_run_starts_from_old_weights(digits: Path, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = ddpm("train", *TINY, f"data.shards={digits}", f"run.dir={run}", f"train.init_from={tiny_run}",
+                  "train.steps=1", "train.lr=1e-12", "train.warmup_steps=0")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    old = load_file(last_checkpoint(tiny_run) / "ema.safetensors")
+    new = load_file(last_checkpoint(run) / "model.safetensors")
+    assert all((old[name] - new[name]).abs().max() < 1e-9 for name in old)

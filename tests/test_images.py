@@ -1,0 +1,309 @@
+"""Images: upright, opaque, unsquashed, antialiased; anything else is a reason."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from pipeline.data import images
+from pipeline.data.images import REASONS, Rejected, decode, encode, to_picture
+
+
+def file(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(h: int, w: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    shape = (h, w, channels) if channels > 1 else (h, w)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def photo(h: int, w: int) -> Image.Image:
+    """Something with the spectrum of a photograph: soft shapes, hard edges, a little grain."""
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (h // 60, w // 60, 3), dtype=np.uint8))
+    picture = coarse.resize((w, h), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    for x, y, r in rng.integers(0, min(h, w), (12, 3)):
+        draw.ellipse((x, y, x + r // 4, y + r // 4), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
+    grain = rng.normal(0, 3, (h, w, 3))
+    return Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))
+
+
+def reason(data: bytes, **options) -> str:
+    with pytest.raises(Rejected) as caught:
+        to_picture(data, size=(8, 8), **options)
+    assert caught.value.reason in REASONS
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (20, 12)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_picture_has_the_size_and_channels_asked_for(size, channels):
+    for h, w in [(16, 16), (1, 1), (7, 300), (300, 7), (61, 59)]:
+        picture = to_picture(file(Image.fromarray(noise(h, w))), size=size, channels=channels)
+        assert picture.array.shape == (*size, channels)
+        assert picture.array.dtype == np.uint8
+        assert picture.meta["original_size"] == [h, w]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_of_the_right_size_is_not_touched(channels):
+    stored = noise(16, 24, channels)
+    picture = to_picture(file(Image.fromarray(stored)), size=(16, 24), channels=channels)
+    np.testing.assert_array_equal(picture.array, stored.reshape(16, 24, channels))
+    assert picture.meta["transforms"] == []
+
+
+@pytest.mark.parametrize("size", [(50, 50), (40, 80), (80, 40)])
+def test_circles_stay_round(size):
+    picture = Image.new("L", (400, 240))
+    ImageDraw.Draw(picture).ellipse((150, 70, 250, 170), fill=255)
+    array = to_picture(file(picture), size=size, channels=1).array[..., 0].astype(float) / 255
+    # Second moments of a disc are equal along both axes.
+    y, x = np.mgrid[: size[0], : size[1]]
+    spread = [np.sqrt(np.sum(array * (a - np.sum(array * a) / array.sum()) ** 2) / array.sum()) for a in (y, x)]
+    assert spread[0] == pytest.approx(spread[1], rel=0.02)
+
+
+def test_the_centre_is_kept():
+    columns = np.broadcast_to(np.arange(300, dtype=np.float64) / 300 * 255, (100, 300)).astype(np.uint8)
+    wide = to_picture(file(Image.fromarray(columns)), size=(10, 10), channels=1)
+    tall = to_picture(file(Image.fromarray(columns.T.copy())), size=(10, 10), channels=1)
+    assert wide.meta["box"] == [100, 0, 200, 100]
+    np.testing.assert_allclose(wide.array[..., 0], tall.array[..., 0].T, atol=1)
+    assert wide.array.mean() == pytest.approx(127, abs=1.5)
+
+
+def test_crop_places_reach_both_ends_and_nothing_beyond():
+    data = file(Image.fromarray(noise(10, 33)))
+    lefts = [to_picture(data, size=(10, 10), crop_at=(u, 0.0)).meta["box"][0] for u in np.linspace(0, 1 - 1e-12, 240)]
+    assert sorted(set(lefts)) == list(range(24))
+    assert max(lefts.count(left) for left in range(24)) <= 11  # each whole offset equally likely
+
+
+def test_without_crop_another_aspect_ratio_is_refused():
+    assert reason(file(Image.new("RGB", (30, 20))), crop_at=None) == "wrong_aspect"
+    whole = to_picture(file(Image.new("RGB", (333, 500))), size=(96, 64), crop_at=None)  # 2:3 to the pixel
+    assert whole.meta["box"] == [0, 0, 333, 500]
+
+
+def test_fine_patterns_become_grey():
+    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    array = to_picture(file(Image.fromarray(board)), size=(32, 32), channels=1).array
+    assert np.abs(array.astype(int) - 127).max() <= 3
+
+
+UPRIGHT = noise(6, 9)
+# EXIF 2.32, tag 274: which side of the picture the stored row 0 and column 0 are.
+STORED = {
+    1: UPRIGHT,
+    2: UPRIGHT[:, ::-1],
+    3: UPRIGHT[::-1, ::-1],
+    4: UPRIGHT[::-1],
+    5: UPRIGHT.transpose(1, 0, 2),
+    6: UPRIGHT[:, ::-1].transpose(1, 0, 2),
+    7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),
+    8: UPRIGHT[::-1].transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+def test_exif_rotation_comes_first(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+    data = file(Image.fromarray(np.ascontiguousarray(STORED[orientation])), format, exif=exif, **options)
+    np.testing.assert_array_equal(to_picture(data, size=(6, 9)).array, UPRIGHT)
+
+
+def test_damaged_exif_does_not_cost_the_picture():
+    data = file(Image.fromarray(UPRIGHT), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xff" * 40)
+    assert to_picture(data, size=(6, 9)).array.shape == (6, 9, 3)
+
+
+def transparent(mode: str) -> bytes:
+    """Left half opaque red (or grey 76, red's luma), right half fully transparent over a hidden green."""
+    if mode == "P":
+        image = Image.new("P", (8, 4), 0)
+        image.putpalette([255, 0, 0, 0, 255, 0])
+        image.paste(1, (4, 0, 8, 4))
+        return file(image, transparency=1)
+    if mode == "RGB":
+        image = Image.new("RGB", (8, 4), (255, 0, 0))
+        image.paste((0, 255, 0), (4, 0, 8, 4))
+        return file(image, transparency=(0, 255, 0))
+    if mode == "I;16":
+        values = np.full((4, 8), 76 * 257, np.uint16)
+        values[:, 4:] = 40000
+        return png(
+            values.astype(">u2").tobytes(), 8, 4, depth=16, colour=0, chunks=[(b"tRNS", struct.pack(">H", 40000))]
+        )
+    image = Image.new(mode, (8, 4), (255, 0, 0, 255) if mode == "RGBA" else (76, 255))
+    image.paste((0, 255, 0, 0) if mode == "RGBA" else (200, 0), (4, 0, 8, 4))
+    return file(image)
+
+
+def png(rows: bytes, w: int, h: int, *, depth: int, colour: int, chunks=()) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    stride = len(rows) // h
+    filtered = b"".join(b"\0" + rows[y * stride : (y + 1) * stride] for y in range(h))
+    header = struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0)
+    body = [chunk(b"IHDR", header), *(chunk(*c) for c in chunks), chunk(b"IDAT", zlib.compress(filtered))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
+def test_transparency_shows_the_background_and_never_the_hidden_colour(mode):
+    array = to_picture(transparent(mode), size=(4, 8), background=(0, 0, 255)).array
+    np.testing.assert_array_equal(array[:, 4:], np.broadcast_to([0, 0, 255], (4, 4, 3)))
+    np.testing.assert_array_equal(
+        array[:, :4], np.broadcast_to([255, 0, 0] if mode in "RGBA P" else [76] * 3, (4, 4, 3))
+    )
+
+
+def test_hidden_colours_do_not_bleed_when_reduced():
+    array = np.zeros((64, 64, 4), np.uint8)
+    array[:, ::2] = 255  # white stripes between stripes of hidden black
+    assert to_picture(file(Image.fromarray(array)), size=(8, 8)).array.min() == 255
+
+
+def test_16_bits_are_scaled_not_clipped():
+    values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    for data in (file(Image.fromarray(values)), file(Image.fromarray(values), "TIFF")):
+        picture = to_picture(data, size=(64, 64), channels=1)
+        np.testing.assert_array_equal(picture.array[..., 0], np.round(values / 257).astype(np.uint8))
+    colour = np.stack([values, values[::-1], values.T], -1)
+    data = png(colour.astype(">u2").tobytes(), 64, 64, depth=16, colour=2)
+    assert np.abs(to_picture(data, size=(64, 64)).array - colour / 257).max() <= 1
+
+
+def test_depths_without_a_known_white_are_refused():
+    assert reason(file(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF")) == "unsupported_depth"
+    assert reason(file(Image.fromarray(np.full((9, 9), 1 << 20, np.int32)), "TIFF")) == "unsupported_depth"
+
+
+def test_cmyk_is_ink_on_white():
+    for data in (file(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "TIFF"), file(Image.new("CMYK", (8, 8)), "JPEG")):
+        assert to_picture(data, size=(8, 8)).array.min() >= 254
+    cyan = to_picture(file(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "TIFF"), size=(8, 8)).array
+    assert cyan[..., 0].max() == 0 and cyan[..., 1:].min() == 255
+
+
+def test_grey_and_colour_convert_into_each_other():
+    grey = noise(8, 8, 1)
+    coloured = to_picture(file(Image.fromarray(grey)), size=(8, 8)).array
+    np.testing.assert_array_equal(coloured, np.repeat(grey[..., None], 3, -1))
+    colour = noise(8, 8)
+    luma = colour @ [0.299, 0.587, 0.114]  # ITU-R BT.601
+    assert np.abs(to_picture(file(Image.fromarray(colour)), size=(8, 8), channels=1).array[..., 0] - luma).max() <= 1
+
+
+def test_palettes_are_mixed_as_colours_not_as_indices():
+    image = Image.new("P", (64, 64))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])  # red, green, blue
+    image.putdata([0, 2] * (32 * 64))
+    array = to_picture(file(image), size=(8, 8)).array
+    assert array[..., 1].max() <= 3  # the mean of indices 0 and 2 would be green
+    assert np.abs(array[..., [0, 2]].astype(int) - 127).max() <= 4
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_animations_give_their_first_frame(format):
+    options = {"lossless": True} if format == "WEBP" else {}
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = file(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    picture = to_picture(data, size=(8, 8))
+    assert picture.array[0, 0].tolist() == [255, 0, 0]
+    assert "first_frame" in picture.meta["transforms"]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP"])
+def test_files_that_end_early_are_truncated(format):
+    data = file(Image.fromarray(noise(64, 64)), format)
+    assert reason(data[: len(data) // 2]) == "truncated"
+
+
+def test_what_is_not_a_picture_has_a_reason(monkeypatch):
+    assert reason(b"") == "empty"
+    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "not_an_image"
+    assert reason(b"not a picture" * 100) == "not_an_image"
+    assert reason(file(Image.new("RGB", (8, 20))), min_size=9) == "too_small"
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    assert reason(bytes(101)) == "too_many_bytes"
+
+
+def test_bombs_are_refused_by_their_header():
+    started = time.monotonic()
+    for side in (8001, 40_000):  # Pillow itself refuses the second, and only warns of the first
+        assert reason(bomb(side)) == "too_many_pixels"
+    assert time.monotonic() - started < 0.5
+
+
+def bomb(side: int) -> bytes:
+    head = png(b"\0\0\0", 1, 1, depth=8, colour=2)
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return head[:12] + header + struct.pack(">I", zlib.crc32(header)) + head[33:]
+
+
+@pytest.mark.parametrize("h, w", [(901, 1203), (1203, 901)])
+@pytest.mark.parametrize("size", [(64, 64), (48, 96)])
+def test_a_reduced_jpeg_decode_is_not_visible(h, w, size):
+    data = file(photo(h, w), "JPEG", quality=92)
+    fast = to_picture(data, size=size)
+    assert "decoded_reduced" in fast.meta["transforms"]
+    assert fast.meta["original_size"] == [h, w]
+    full = Image.open(io.BytesIO(data))
+    full = full.resize(size[::-1], Image.Resampling.LANCZOS, box=fast.meta["box"])
+    error = np.mean((fast.array.astype(float) - np.asarray(full)) ** 2)
+    assert 10 * np.log10(255**2 / error) >= 45
+    slow = to_picture(file(Image.open(io.BytesIO(data))), size=size)
+    assert slow.meta["box"] == fast.meta["box"]
+
+
+def test_any_bytes_end_as_a_picture_or_a_reason():
+    rng = random.Random(0)
+    picture = Image.fromarray(noise(24, 24))
+    formats = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "TGA", "PCX", "PPM", "ICO", "DDS", "SGI", "JPEG2000", "QOI"]
+    sound = [file(picture, format) for format in formats if format in Image.SAVE]
+    for trial in range(600):
+        data = bytearray(sound[trial % len(sound)])
+        for _ in range(rng.choice([1, 3, 20])):
+            data[rng.randrange(min(len(data), rng.choice([40, 4000])))] = rng.randrange(256)
+        try:
+            got = to_picture(bytes(data[: rng.choice([len(data), rng.randrange(len(data))])]), size=(8, 8))
+        except Rejected as verdict:
+            assert verdict.reason in REASONS
+        else:
+            assert got.array.shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+def test_encoded_pictures_come_back(format, channels):
+    smooth = np.asarray(photo(60, 120).resize((24, 12)))[..., :channels]
+    data = encode(smooth, format)
+    assert data == encode(smooth.copy(), format)
+    back = decode(data, channels)
+    assert back.shape == smooth.shape and back.dtype == np.uint8
+    if format == "jpeg":
+        assert np.abs(back.astype(int) - smooth).mean() < 4
+    else:
+        np.testing.assert_array_equal(back, smooth)
+
+
+def test_damaged_shard_images_are_rejected_not_raised():
+    with pytest.raises(Rejected):
+        decode(encode(noise(8, 8), "png")[:60], 3)

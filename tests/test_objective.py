@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from pipeline.diffusion.objective import loss, min_snr_weight
+from pipeline.diffusion.schedule import Schedule, add_noise, target
+
+T = 1000
+SCHEDULE = Schedule.linear(T)
+TYPES = ["epsilon", "sample", "v_prediction"]
+
+
+def batch(size=6, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x0 = torch.rand(size, 2, 3, 5, generator=generator, dtype=dtype) * 2 - 1
+    noise = torch.randn(size, 2, 3, 5, generator=generator, dtype=dtype)
+    return x0, torch.linspace(0, T - 1, size).long(), noise
+
+
+def test_a_silent_network_pays_the_mean_square_of_each_pictures_noise():
+    x0, t, noise = batch()
+    got = loss(lambda x, t: torch.zeros_like(x), x0, t, noise, SCHEDULE, prediction_type="epsilon")
+    assert got.shape == (6,)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, torch.stack([(picture**2).mean() for picture in noise]))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_perfect_network_pays_nothing_and_sees_the_noisy_picture(kind):
+    x0, t, noise = batch()
+
+    def perfect(x, steps):
+        torch.testing.assert_close(x, add_noise(x0, noise, t, SCHEDULE), rtol=0, atol=0)
+        assert torch.equal(steps, t)
+        return target(x0, noise, t, SCHEDULE, kind)
+
+    assert loss(perfect, x0, t, noise, SCHEDULE, prediction_type=kind).max() == 0
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_min_snr_weighs_the_same_error_of_the_picture_alike_for_every_target(kind):
+    x0, t, noise = batch(dtype=torch.float64)
+    guess = x0 + 0.1 * torch.sin(7 * noise)
+    xt = add_noise(x0, noise, t, SCHEDULE)
+    bar = SCHEDULE.alphas_cumprod[t][:, None, None, None]
+    implied_noise = (xt - bar.sqrt() * guess) / (1 - bar).sqrt()
+    output = target(guess, implied_noise, t, SCHEDULE, kind)
+    got = loss(
+        lambda x, t: output, x0, t, noise, SCHEDULE, prediction_type=kind, loss_weighting="min_snr", min_snr_gamma=3.0
+    )
+    snr = (bar / (1 - bar)).flatten()
+    expected = snr.clamp(max=3.0) * (guess - x0).square().flatten(1).mean(1)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+def test_min_snr_leaves_noisy_timesteps_of_epsilon_alone():
+    weight = min_snr_weight(torch.arange(T), SCHEDULE, "epsilon", 5.0)
+    snr = SCHEDULE.alphas_cumprod / (1 - SCHEDULE.alphas_cumprod)
+    torch.testing.assert_close(weight[snr < 5], torch.ones_like(weight[snr < 5]))
+    assert weight[0] < 1e-3
+
+
+def test_the_hybrid_loss_teaches_the_mean_by_the_simple_loss_alone():
+    x0, t, noise = batch()
+    output = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(2)).mul(0.5).requires_grad_()
+    simple = loss(lambda x, t: output[:, :2], x0, t, noise, SCHEDULE, prediction_type="epsilon")
+    (mean_gradient,) = torch.autograd.grad(simple.sum(), output)
+    hybrid = loss(lambda x, t: output, x0, t, noise, SCHEDULE, prediction_type="epsilon", learned_variance=True)
+    (gradient,) = torch.autograd.grad(hybrid.sum(), output)
+    torch.testing.assert_close(gradient[:, :2], mean_gradient[:, :2], rtol=0, atol=0)
+    assert gradient[:, 2:].flatten(1).abs().sum(1).min() > 0
+    assert (hybrid >= simple).all()
+
+
+def test_the_variance_learned_is_the_one_of_the_error_made():
+    # A network whose picture is right needs the posterior's variance (mixture -1), a bad one more.
+    x0, _, noise = batch()
+    t = torch.full((6,), 300)
+    mixture = torch.zeros(6, 2, 3, 5, requires_grad=True)
+
+    def slope(prediction):
+        output = torch.cat((prediction, mixture), 1)
+        value = loss(lambda x, t: output, x0, t, noise, SCHEDULE, prediction_type="epsilon", learned_variance=True)
+        return torch.autograd.grad(value.sum(), mixture)[0]
+
+    assert (slope(noise) > 0).all()
+    assert (slope(noise + 30) < 0).all()
+
+
+def test_the_loss_is_float32_for_a_network_under_bf16_autocast():
+    x0, t, noise = batch()
+    weight = torch.randn(2, 2, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = loss(
+            lambda x, t: torch.nn.functional.conv2d(x, weight), x0, t, noise, SCHEDULE, prediction_type="epsilon"
+        )
+    assert got.dtype == torch.float32
+
+
+def test_pictures_in_16_bits_are_refused():
+    x0, t, noise = batch()
+    with pytest.raises(TypeError, match="x0 is torch.bfloat16"):
+        loss(lambda x, t: x, x0.bfloat16(), t, noise, SCHEDULE, prediction_type="epsilon")
+
+
+def test_a_network_without_variances_cannot_learn_them():
+    x0, t, noise = batch()
+    with pytest.raises(ValueError, match="does not learn variances"):
+        loss(lambda x, t: x, x0, t, noise, SCHEDULE, prediction_type="epsilon", learned_variance=True)

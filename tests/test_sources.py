@@ -1,0 +1,250 @@
+"""Sources: the same files in whatever they are packed; nothing is lost in silence."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipeline.data.images import Rejected
+from pipeline.data.sources import Reader, list_inputs
+from pipeline.errors import ConfigError, DataError
+
+FILES = {
+    "cats/a#b.jpg": b"hash",
+    "cats/photo.1.jpg": b"one",
+    "cats/photo.2.jpg": b"two",
+    "cats/.hidden": b"dot",
+    "dogs/deep/er/name with spaces.png": b"spaces",
+    "dogs/" + "x" * 200 + ".png": b"long",
+    "ünïcode/ärger.webp": "ö".encode(),
+    "README": b"no extension, no folder",
+    "empty.jpg": b"",
+}
+
+
+def write_folder(root, files=FILES):
+    for name, data in files.items():
+        path = os.path.join(root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+    return str(root)
+
+
+def write_zip(path, files=FILES):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return str(path)
+
+
+def write_tar(path, files=FILES, prefix=""):
+    with tarfile.open(path, "w:gz" if str(path).endswith("gz") else "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(prefix + name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def contents(urls, labels="folder"):
+    listing, reader = list_inputs(urls, labels), Reader(urls)
+    return [(item.name, item.label, item.member.size, reader.read(item)) for item in listing.inputs]
+
+
+def test_folders_and_archives_of_the_same_files_are_the_same_inputs(tmp_path):
+    folder = write_folder(tmp_path / "folder")
+    expected = contents([folder])
+    assert [(name, data) for name, _, _, data in expected] == sorted(FILES.items())
+    assert contents([write_zip(tmp_path / "a.zip")]) == expected
+    for name, prefix in [("a.tar", ""), ("b.tar", "./"), ("a.tar.gz", ""), ("a.tgz", "")]:
+        assert contents([write_tar(tmp_path / name, prefix=prefix)]) == expected
+
+
+def test_the_class_is_the_folder_that_a_file_lies_in(tmp_path):
+    folder = write_folder(tmp_path / "folder")
+    listing = list_inputs([folder])
+    assert listing.classes == ("cats", "dogs", "er", "ünïcode")
+    found = {item.name: item.label for item in listing.inputs}
+    assert found["cats/a#b.jpg"] == 0 and found["dogs/deep/er/name with spaces.png"] == 2 and found["README"] is None
+    assert list_inputs([folder], "none").classes is None
+    flat = list_inputs([write_folder(tmp_path / "flat", {"1.png": b"1"})])
+    assert flat.classes is None and flat.inputs[0].label is None
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9", b"\xff\xfe.png")
+    os.makedirs(os.path.dirname(path))
+    with open(path, "wb") as file:
+        file.write(b"data")
+    ((name, _, _, data),) = contents([str(tmp_path)])
+    assert os.fsencode(name) == b"caf\xe9/\xff\xfe.png" and data == b"data"
+
+
+def test_sources_mix_and_equal_paths_in_two_of_them_stay_two(tmp_path):
+    one = write_zip(tmp_path / "one.zip", {"cats/1.png": b"in one"})
+    two = write_folder(tmp_path / "two", {"cats/1.png": b"in two", "dogs/1.png": b"dog"})
+    assert contents([one, two]) == [
+        ("one.zip/cats/1.png", 0, 6, b"in one"),
+        ("two/cats/1.png", 0, 6, b"in two"),
+        ("two/dogs/1.png", 1, 3, b"dog"),
+    ]
+
+
+def test_equal_names_in_one_archive_stay_two(tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", b"first")
+        archive.writestr("a.png", b"second")
+    assert [data for *_, data in contents([str(tmp_path / "a.zip")])] == [b"first", b"second"]
+
+
+def test_the_fingerprint_tells_names_sizes_and_times(tmp_path):
+    folder = write_folder(tmp_path / "folder")
+    before = list_inputs([folder]).fingerprint
+    assert list_inputs([folder]).fingerprint == before
+    seen = {before}
+    os.utime(f"{folder}/README", (1, 1))
+    seen.add(list_inputs([folder]).fingerprint)
+    os.rename(f"{folder}/README", f"{folder}/README2")
+    seen.add(list_inputs([folder]).fingerprint)
+    with open(f"{folder}/empty.jpg", "wb") as file:
+        file.write(b"1")
+    seen.add(list_inputs([folder]).fingerprint)
+    assert len(seen) == 4
+    same_size = [write_zip(tmp_path / f"{text}.zip", {"a.png": text.encode()}) for text in ("abc", "abd")]
+    assert len({list_inputs([url]).fingerprint for url in same_size}) == 2
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    folder = write_folder(tmp_path / "folder", {"a/1.png": b"1"})
+    os.symlink("1.png", f"{folder}/a/2.png")
+    os.symlink("..", f"{folder}/a/up")
+    os.symlink("a", f"{folder}/b")
+    os.symlink("nowhere", f"{folder}/broken.png")
+    listing, reader = list_inputs([folder]), Reader([folder])
+    assert [item.name for item in listing.inputs] == ["a/1.png", "a/2.png", "b/1.png", "b/2.png", "broken.png"]
+    assert reader.read(listing.inputs[1]) == b"1"
+    with pytest.raises(Rejected, match="source_changed"):
+        reader.read(listing.inputs[4])
+
+
+def test_only_regular_members_of_a_tar_are_inputs_and_hard_links_are(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind, link in [
+            ("a/1.png", tarfile.REGTYPE, ""),
+            ("a/2.png", tarfile.LNKTYPE, "a/1.png"),
+            ("a/passwd", tarfile.SYMTYPE, "/etc/passwd"),
+            ("a/null", tarfile.CHRTYPE, ""),
+            ("../../etc/cron.d/x", tarfile.REGTYPE, ""),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, link, 3 if kind == tarfile.REGTYPE else 0
+            archive.addfile(info, io.BytesIO(b"abc"))
+    names = [(name, data) for name, _, _, data in contents([str(tmp_path / "a.tar")])]
+    assert names == [("../../etc/cron.d/x", b"abc"), ("a/1.png", b"abc"), ("a/2.png", b"abc")]
+    assert sorted(os.listdir(tmp_path)) == ["a.tar"]
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_a_tar_cut_or_damaged_anywhere_is_refused(tmp_path, ending):
+    path = tmp_path / "a.tar"
+    write_tar(path, {f"{i}.png": bytes([i]) * 600 for i in range(1, 4)})
+    sound = path.read_bytes()
+    end = 3 * (512 + 1024)
+    target = tmp_path / f"b{ending}"
+
+    def refused(data: bytes) -> bool:
+        target.write_bytes(data if ending == ".tar" else gzip.compress(data))
+        try:
+            return len(list_inputs([str(target)]).inputs) != 3
+        except DataError as error:
+            assert str(target) in str(error)
+            return True
+
+    assert not refused(sound)
+    for cut in range(0, end + 1, 512):
+        assert refused(sound[:cut]), cut
+    for header in range(0, end, 1536):
+        zeroed, flipped = bytearray(sound), bytearray(sound)
+        zeroed[header : header + 512] = bytes(512)
+        flipped[header + 3] ^= 1
+        assert refused(bytes(zeroed)) and refused(bytes(flipped)), header
+
+
+def test_a_gzip_cut_short_is_refused(tmp_path):
+    path = tmp_path / "a.tar.gz"
+    write_tar(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="cannot be read as a tar archive"):
+        list_inputs([str(path)])
+
+
+def test_a_zip_cut_short_is_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    write_zip(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match="cannot be read as a zip archive"):
+        list_inputs([str(path)])
+
+
+def test_damaged_and_encrypted_members_are_unreadable(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("bad.png", b"payload")
+        archive.writestr("locked.png", b"payload")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"payload")] ^= 1
+    for mark, flags in [(b"PK\3\4", 6), (b"PK\1\2", 8)]:  # the second entry's local and central header
+        data[data.index(mark, data.index(mark) + 1) + flags] |= 1
+    path.write_bytes(data)
+    listing, reader = list_inputs([str(path)]), Reader([str(path)])
+    for item in listing.inputs:
+        with pytest.raises(Rejected, match="unreadable"):
+            reader.read(item)
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "rewritten", "removed"])
+def test_a_file_that_changes_after_the_listing_is_noticed(tmp_path, change):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"12345")
+    (item,) = list_inputs([str(tmp_path)]).inputs
+    os.utime(path, ns=(1, int(item.member.stamp)))
+    if change == "removed":
+        path.unlink()
+    else:
+        path.write_bytes({"longer": b"123456", "shorter": b"1234", "rewritten": b"54321"}[change])
+        if change != "rewritten":
+            os.utime(path, ns=(1, int(item.member.stamp)))
+        else:
+            os.utime(path, ns=(1, int(item.member.stamp) + 1))
+    with pytest.raises(Rejected, match="source_changed"):
+        Reader([str(tmp_path)]).read(item)
+
+
+def test_missing_empty_and_foreign_sources_are_told_apart(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere: no such file or folder: check the name"):
+        list_inputs([str(tmp_path / "nowhere")])
+    with pytest.raises(DataError, match=r"not a single file in it"):
+        list_inputs([str(tmp_path)])
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"a.jpg is neither a folder nor a .zip, .tar or .tar.gz file"):
+        list_inputs([str(tmp_path / "a.jpg")])
+
+
+def test_remote_sources_are_the_same_inputs(tmp_path):
+    expected = contents([write_folder(tmp_path / "folder")])
+    memory = fsspec.filesystem("memory")
+    memory.pipe({f"/set/{name}": data for name, data in FILES.items()})
+    memory.pipe("/a.zip", Path(write_zip(tmp_path / "a.zip")).read_bytes())
+    memory.pipe("/a.tar", Path(write_tar(tmp_path / "a.tar")).read_bytes())
+    for url in ("memory://set", "memory://a.zip", "memory://a.tar"):
+        assert contents([url]) == expected
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        list_inputs(["memory://other"])
