@@ -170,6 +170,9 @@ def _check(generator: Generator, manner: Manner, request: Request) -> None:
         raise ConfigError(
             "--guidance: the model was trained with model.label_dropout=0 and cannot be guided: leave it out"
         )
+    steps, timesteps = generator.sampler(manner.settings).steps, generator.config.diffusion.timesteps
+    if steps > timesteps:
+        raise ConfigError(f"--steps {steps}: this model has {timesteps} timesteps: take no more steps than that")
     if request.shard_samples % manner.settings.batch:
         raise ConfigError(
             f"--shard-samples {request.shard_samples} is not a multiple of --batch {manner.settings.batch}: change either"

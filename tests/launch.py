@@ -14,13 +14,13 @@ import psutil
 _TINY_YAML = Path(__file__).parent / "tiny.yaml"
 TINY = ("--config", str(_TINY_YAML))
 """A network of a few thousand parameters on 8-px digits."""
-_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def ddpm(job: str, *arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     """Run `ddpm JOB …` to its end."""
     command = [sys.executable, "-c", "from pipeline.cli import main; main()", job, *map(str, arguments)]
-    return subprocess.run(command, env=_ENV, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 def start(processes: int, job: str, *arguments: object, log: Path) -> subprocess.Popen[bytes]:
@@ -31,7 +31,7 @@ def start(processes: int, job: str, *arguments: object, log: Path) -> subprocess
         launcher.append("--multi_gpu")  # the way to several ranks also without any GPU
     command = [*launcher, "-m", f"pipeline.{job}", *map(str, arguments)]
     with log.open("ab") as output:
-        return subprocess.Popen(command, env=_ENV, stdout=output, stderr=output)
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
 
 
 def launch(processes: int, job: str, *arguments: object, log: Path, timeout_s: float = 180) -> int:

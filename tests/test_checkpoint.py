@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +30,9 @@ FILES = ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state
 def parts(step: int) -> dict[str, dict[str, Tensor]]:
     g = torch.Generator().manual_seed(step)
     weights = {"conv.weight": torch.randn(3, 2, 2, generator=g), "conv.bias": torch.randn(3, generator=g)}
-    return {"model": weights, "ema": {name: value * 0.5 for name, value in weights.items()},
-            "optimizer": {"step.conv.bias": torch.tensor(float(step)), "exp_avg.conv.bias": torch.zeros(3)}}  # fmt: skip
+    ema = {name: value * 0.5 for name, value in weights.items()}
+    optimizer = {"step.conv.bias": torch.tensor(float(step)), "exp_avg.conv.bias": torch.zeros(3)}
+    return {"model": weights, "ema": ema, "optimizer": optimizer}
 
 
 def save(run: str, step: int) -> checkpoint.Checkpoint:
@@ -42,7 +44,8 @@ def folder(run: str, step: int) -> str:
 
 
 def content(run: str, step: int) -> dict[str, bytes]:
-    return {name: storage.read_bytes(storage.join(folder(run, step), name)) for name in storage.listdir(folder(run, step))}
+    path = folder(run, step)
+    return {name: storage.read_bytes(storage.join(path, name)) for name in storage.listdir(path)}
 
 
 def assert_holds(found: checkpoint.Checkpoint | None, step: int) -> None:
@@ -55,8 +58,11 @@ def assert_holds(found: checkpoint.Checkpoint | None, step: int) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> str:
-    return str(tmp_path / "run")
+def run(tmp_path: Path) -> Iterator[str]:
+    """A run's directory; in memory if that is to be had, for thousands of files are flushed to the disk here."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as directory:
+        yield f"{directory}/run"
 
 
 # --- a process that dies ---
@@ -87,9 +93,7 @@ def die_at(operation: int, work: Callable[[], object], root: str) -> bool:
     return status == 0
 
 
-def crash_points(
-    work: Callable[[], object], root: str, prepare: Callable[[], object]
-) -> Iterator[tuple[int, bool]]:
+def crash_points(work: Callable[[], object], root: str, prepare: Callable[[], object]) -> Iterator[tuple[int, bool]]:
     """Prepare and die at operation 0, 1, …: yields each with whether `work` lived, which it does the last time."""
     operation, lived = 0, False
     while not lived:
@@ -107,7 +111,9 @@ def whole(tmp_path: Path) -> dict[str, bytes]:
     return content(str(tmp_path / "undisturbed"), 20)
 
 
-def test_killed_at_any_operation_of_a_save_the_run_goes_on_from_the_right_step(run: str, whole: dict[str, bytes]) -> None:
+def test_killed_at_any_operation_of_a_save_the_run_goes_on_from_the_right_step(
+    run: str, whole: dict[str, bytes]
+) -> None:
     deaths, committed = 0, []
     for _, lived in crash_points(lambda: save(run, 20), run, lambda: save(run, 10)):
         deaths += not lived
@@ -121,7 +127,9 @@ def test_killed_at_any_operation_of_a_save_the_run_goes_on_from_the_right_step(r
         assert content(run, 20) == whole
         assert verify(run) == []
     assert deaths >= 2 * len([*FILES, "manifest.json"])  # each file was begun and was named at least
-    assert committed == sorted(committed) and committed[-1] and not committed[-2]  # the manifest's name is the last change
+    assert (
+        committed == sorted(committed) and committed[-1] and not committed[-2]
+    )  # the manifest's name is the last change
 
 
 def test_killed_in_the_first_save_the_run_starts_anew(run: str, whole: dict[str, bytes]) -> None:
@@ -207,7 +215,11 @@ def rot(path: Path, how: str) -> None:
         return
     if how == "flipped":
         data[len(data) // 2] ^= 16
-    path.write_bytes({"empty": b"", "torn": data[: len(data) // 2], "zeroed": bytes(len(data)), "longer": data + b"\n"}.get(how, data))
+    path.write_bytes(
+        {"empty": b"", "torn": data[: len(data) // 2], "zeroed": bytes(len(data)), "longer": data + b"\n"}.get(
+            how, data
+        )
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -222,7 +234,9 @@ def rot(path: Path, how: str) -> None:
         ("zeroed", "{} does not match its sha256"),
     ],
 )
-def test_a_damaged_file_sends_the_run_to_the_checkpoint_before_and_says_why(run: str, name: str, how: str, reason: str) -> None:
+def test_a_damaged_file_sends_the_run_to_the_checkpoint_before_and_says_why(
+    run: str, name: str, how: str, reason: str
+) -> None:
     save(run, 10)
     save(run, 20)
     rot(Path(folder(run, 20), name), how)
@@ -260,12 +274,15 @@ def test_every_bit_of_every_tensor_file_counts(run: str) -> None:
     assert_holds(newest(run)[0], 20)
 
 
-@pytest.mark.xfail(reason="bug: KeyError for a damaged key of an entry, TypeError for a version that is text, and a damaged step is believed", strict=True)
+@pytest.mark.xfail(
+    reason="bug: KeyError for a damaged key, TypeError for a version that is text, and a damaged step is believed",
+    strict=True,
+)
 def test_no_flipped_bit_in_a_manifest_is_believed_or_crashes(run: str) -> None:
     save(run, 10)
     path = Path(save(run, 20).path, "manifest.json")
     data, wrong = path.read_bytes(), []
-    for bit in range(8 * len(data)):
+    for bit in range(0, 8 * len(data), 3):  # 3: every position within a byte gets its turn
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
@@ -274,7 +291,7 @@ def test_no_flipped_bit_in_a_manifest_is_believed_or_crashes(run: str) -> None:
             if found is None or found.step not in (10, 20) or found.state()["step"] != found.step:
                 wrong.append(f"{bytes(flipped[max(0, bit // 8 - 12) : bit // 8 + 12])!r}: {found}")
         except ConfigError as error:  # a version that looks newer
-            assert "upgrade ddpm-pipeline" in str(error)  # noqa: PT017
+            assert "upgrade ddpm-pipeline" in str(error)
         except Exception as error:
             wrong.append(f"{bytes(flipped[max(0, bit // 8 - 12) : bit // 8 + 12])!r}: {error!r}")
     assert wrong == []
@@ -319,8 +336,15 @@ def test_what_is_saved_is_found_locally_and_remotely(place: str) -> None:
 
 
 def test_tensors_keep_type_and_shape(run: str) -> None:
-    tensors = {"f32": torch.randn(2, 3), "bf16": torch.randn(4).bfloat16(), "f64": torch.randn(1).double(),
-               "i64": torch.tensor([2**40]), "scalar": torch.tensor(0.1), "none": torch.zeros(0, 3), "bool": torch.tensor([True])}  # fmt: skip
+    tensors = {
+        "f32": torch.randn(2, 3),
+        "bf16": torch.randn(4).bfloat16(),
+        "f64": torch.randn(1).double(),
+        "i64": torch.tensor([2**40]),
+        "bool": torch.tensor([True]),
+        "scalar": torch.tensor(0.1),
+        "empty": torch.zeros(0, 3),
+    }
     got = write(run, 1, {"model": tensors}, {}).tensors("model")
     assert got.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -333,7 +357,9 @@ def test_equal_tensors_give_equal_bytes_whatever_their_history(run: str, tmp_pat
     plain = {"x": x, "y": y}
     other = {"y": y.clone().requires_grad_(), "x": x.to(memory_format=torch.channels_last)}
     first = write(run, 7, {"model": plain, "ema": plain, "optimizer": plain}, {"world_size": 1})
-    second = write(str(tmp_path / "elsewhere"), 7, {"optimizer": other, "ema": other, "model": other}, {"world_size": 2})
+    second = write(
+        str(tmp_path / "elsewhere"), 7, {"optimizer": other, "ema": other, "model": other}, {"world_size": 2}
+    )
     for part in ("model", "ema", "optimizer"):
         one, two = (storage.read_bytes(f"{found.path}/{part}.safetensors") for found in (first, second))
         assert one == two
@@ -356,11 +382,16 @@ def test_the_manifest_says_size_and_hash_of_each_file(run: str) -> None:
     files = content(run, 10)
     manifest = json.loads(files.pop("manifest.json"))
     assert (manifest["version"], manifest["step"]) == (1, 10)
-    assert manifest["files"] == {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+    assert manifest["files"] == {
+        n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()
+    }
 
 
 def test_a_checkpoint_is_identified_by_what_it_holds(run: str, tmp_path: Path) -> None:
-    same, other = save(str(tmp_path / "a"), 10), write(str(tmp_path / "b"), 10, parts(11), {"step": 10, "config": "train: {}\n"})
+    same, other = (
+        save(str(tmp_path / "a"), 10),
+        write(str(tmp_path / "b"), 10, parts(11), {"step": 10, "config": "train: {}\n"}),
+    )
     assert save(run, 10).manifest_sha256 == same.manifest_sha256 != other.manifest_sha256
     assert find(run).manifest_sha256 == same.manifest_sha256
 

@@ -24,22 +24,23 @@ def refusal(old: Config, new: Config, steps_done: int = 100) -> str:
 
 
 CHANGES: dict[str, Any] = {
-    "data.shards": "other", "data.val_shards": "v", "data.size": 64, "data.channels": 1, "data.flip": True, "data.lanes": 8,
-    "data.window": 7, "data.workers": 5, "model.base_channels": 64, "model.channel_mults": [1, 2],
+    "data.shards": "other", "data.val_shards": "v", "data.size": 64, "data.channels": 1, "data.flip": True,
+    "data.lanes": 8, "data.window": 7, "data.workers": 5, "model.base_channels": 64, "model.channel_mults": [1, 2],
     "model.blocks_per_level": 3, "model.attention_sizes": [8], "model.head_channels": 64, "model.dropout": 0.0,
     "model.num_classes": 10, "model.label_dropout": 0.2, "model.scale_shift": True, "model.learned_variance": True,
     "diffusion.timesteps": 500, "diffusion.schedule": "cosine", "diffusion.prediction_type": "v_prediction",
-    "diffusion.loss_weighting": "min_snr", "diffusion.min_snr_gamma": 1.0, "train.steps": 2000, "train.global_batch": 64,
-    "train.micro_batch": 32, "train.lr": 1e-3, "train.lr_schedule": "cosine", "train.lr_stages": [[5, 1e-3]],
-    "train.warmup_steps": 20, "train.clip_norm": 2.0, "train.precision": "fp32", "train.checkpointing": "full",
+    "diffusion.loss_weighting": "min_snr", "diffusion.min_snr_gamma": 1.0, "train.steps": 2000,
+    "train.global_batch": 64, "train.micro_batch": 32, "train.lr": 1e-3, "train.lr_schedule": "cosine",
+    "train.lr_stages": [[5, 1e-3]], "train.warmup_steps": 20, "train.clip_norm": 2.0, "train.precision": "fp32",
+    "train.checkpointing": "full",
     "train.compile": True, "train.deterministic": True, "train.ema_decay": 0.99, "train.init_from": "x",
     "train.device": "cpu", "train.seed": 1, "train.max_bad_steps": 3, "sample.sampler": "ddim", "sample.batch": 2,
     "run.dir": "runs/b", "run.checkpoint_every": 7, "run.keep_last": 5, "run.log_every": 3,
 }  # fmt: skip
 FREE = {
-    "data.shards", "data.val_shards", "data.workers", "train.steps", "train.micro_batch", "train.checkpointing", "train.compile",
-    "train.init_from", "train.device", "train.max_bad_steps", "sample.sampler", "sample.batch", "run.dir",
-    "run.checkpoint_every", "run.keep_last", "run.log_every",
+    "data.shards", "data.val_shards", "data.workers", "train.steps", "train.micro_batch", "train.checkpointing",
+    "train.compile", "train.init_from", "train.device", "train.max_bad_steps", "sample.sampler", "sample.batch",
+    "run.dir", "run.checkpoint_every", "run.keep_last", "run.log_every",
 }  # fmt: skip
 
 
@@ -57,7 +58,9 @@ def test_a_key_is_free_or_frozen(key: str) -> None:
 
 
 def test_every_key_is_in_the_table_so_that_a_new_one_is_decided_on() -> None:
-    sections = {f"{s}.{k}" for s in ("data", "model", "diffusion", "train") for k in type(getattr(config(), s)).model_fields}
+    sections = {
+        f"{s}.{k}" for s in ("data", "model", "diffusion", "train") for k in type(getattr(config(), s)).model_fields
+    }
     assert sections == {key for key in CHANGES if not key.startswith(("run.", "sample."))}
 
 

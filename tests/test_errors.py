@@ -18,9 +18,9 @@ CODES = {"PipelineError": 1, "ConfigError": 2, "DataError": 3, "NoCheckpoint": 4
 def _raised(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
     """(class, call) of every `raise SomePipelineError(...)`."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
-            if node.exc.func.id in CODES:
-                yield node.exc.func.id, node.exc
+        call = node.exc if isinstance(node, ast.Raise) else None
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in CODES:
+            yield call.func.id, call
 
 
 @pytest.mark.parametrize(("name", "code"), CODES.items())

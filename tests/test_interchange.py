@@ -36,7 +36,7 @@ CIFAR10 = {
 SMALL = {"base_channels": 16, "channel_mults": (1, 2), "blocks_per_level": 1, "dropout": 0.0}
 CASES = [
     (ModelSection(**SMALL, attention_sizes=(8,)), 3, (8, 8)),
-    (ModelSection(**SMALL, attention_sizes=(4, 8), head_channels=8, num_classes=5), 1, (8, 16)),
+    (ModelSection(**SMALL, attention_sizes=(8, 4), head_channels=8, num_classes=5), 1, (8, 16)),
     (ModelSection(**SMALL, attention_sizes=(), scale_shift=True, learned_variance=True), 1, (8, 8)),
     (ModelSection(base_channels=12, channel_mults=(1, 3, 1), attention_sizes=(4,), dropout=0.0), 3, (8, 8)),
 ]
@@ -47,7 +47,7 @@ def randomised(model):
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "class_embedding" not in name:
-            nn.init.xavier_uniform_(parameter, generator=generator)
+            nn.init.xavier_uniform_(parameter, gain=0.7, generator=generator)
         else:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
@@ -74,8 +74,8 @@ def test_the_papers_cifar10_network_is_that_of_google_in_diffusers():
     assert sum(parameter.numel() for parameter in theirs.parameters()) == 35_746_307
     got, expected = outputs(ours, theirs, *inputs(section, channels, size))
     error = (got - expected).abs().max().item()
-    print(f"\n35.7 M parameters: {error:.1e} off, where the output's deviation is {expected.std():.2f}")
-    assert expected.std() > 0.1
+    print(f"\n35.7 M parameters: {error:.1e} off, where the output's deviation is {expected.std():.2f}")  # noqa: T201
+    assert expected.std() > 0.3
     assert error < 1e-5
 
 
@@ -87,6 +87,10 @@ def test_every_option_exports_to_the_same_function(section, channels, size):
     got, expected = outputs(ours, theirs, *inputs(section, channels, size))
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    # In float64 nothing but the function itself can differ.
+    x, t, labels = inputs(section, channels, size)
+    got, expected = outputs(ours.double(), theirs.double(), x.double(), t, labels)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("section", "channels", "size"), CASES)
@@ -106,11 +110,11 @@ def test_names_and_configuration_come_back_unchanged(section, channels, size):
 def test_weights_of_early_diffusers_are_read():
     section, channels, size = CASES[0]
     state = UNet(section, channels=channels, size=size).state_dict()
-    old = {}
-    for name, value in to_diffusers(state).items():
-        for new, early in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value.")):
-            name = name.replace(new, early)
-        old[name.replace(".to_out.0.", ".proj_attn.")] = value
+    old = to_diffusers(state)
+    renamed = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    for new, early in renamed.items():
+        old = {name.replace(new, early): value for name, value in old.items()}
+    assert sum(".proj_attn." in name for name in old) == 2 * 4
     back = from_diffusers(old)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) for name, value in state.items())
@@ -156,15 +160,15 @@ def test_the_defaults_of_diffusers_are_known():
 
 
 def test_a_configuration_without_the_size_is_refused():
-    with pytest.raises(ConfigError, match="sample_size is missing .* add the pictures' size"):
+    with pytest.raises(ConfigError, match=r"sample_size is missing .* add the pictures' size"):
         section_from_diffusers(CIFAR10 | {"sample_size": None})
 
 
 def test_what_diffusers_cannot_express_is_refused():
-    with pytest.raises(ConfigError, match="model.channel_mults: begins with 2, which diffusers cannot express"):
+    with pytest.raises(ConfigError, match=r"model\.channel_mults: begins with 2, which diffusers cannot express"):
         diffusers_config(ModelSection(channel_mults=(2, 2)), 3, (8, 8))
 
 
 def test_queries_without_keys_are_refused():
-    with pytest.raises(DataError, match="only .to_q. there; take the file of a whole UNet2DModel"):
+    with pytest.raises(DataError, match=r"only \.to_q\. there; take the file of a whole UNet2DModel"):
         from_diffusers({"mid_block.attentions.0.to_q.weight": torch.zeros(4, 4)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,6 +29,14 @@ class Device:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+@pytest.fixture(autouse=True)
+def _little_garbage() -> Iterator[None]:
+    """Each attempt that fails collects garbage; all that the other tests have imported need not be looked through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 SIZES = [16, 8, 4, 2, 1]
 
 
@@ -43,7 +53,9 @@ SIZES = [16, 8, 4, 2, 1]
         (1, ("full", 1)),
     ],
 )
-def test_the_first_that_fits_is_taken_halving_once_before_a_dearer_policy(limit: float, expected: tuple[str, int]) -> None:
+def test_the_first_that_fits_is_taken_halving_once_before_a_dearer_policy(
+    limit: float, expected: tuple[str, int]
+) -> None:
     device = Device(limit)
     assert what_fits(device.attempt, list(COST), SIZES) == expected
     assert device.tried[-1] == expected
@@ -59,7 +71,9 @@ def test_a_fixed_size_tries_every_policy() -> None:
 
 
 def test_nothing_fits_is_told_with_the_cure() -> None:
-    with pytest.raises(ConfigError, match="not even micro-batch 1 with checkpointing full fits this device: take .*smaller"):
+    with pytest.raises(
+        ConfigError, match=r"not even micro-batch 1 with checkpointing full fits this device: take .*smaller"
+    ):
         what_fits(Device(0.5).attempt, list(COST), SIZES)
 
 

@@ -60,7 +60,9 @@ def test_all_ranks_count_and_bfloat16_losses_are_summed_exactly() -> None:
     meter = Meter(4, CPU)
     for _ in range(3000):  # a bfloat16 sum would stop at 256
         meter.add(torch.ones(1, dtype=torch.bfloat16), torch.tensor([0]), torch.tensor(0.0), 0.0)
-    figures = meter.read(lambda values: values + torch.tensor([[0.0, 9000.0, 0, 0], [0, 1000.0, 0, 0]]), 1)  # another rank's
+    figures = meter.read(
+        lambda values: values + torch.tensor([[0.0, 9000.0, 0, 0], [0, 1000.0, 0, 0]]), 1
+    )  # another rank's
     assert figures["train/loss_t0000-0000"] == 1.0
     assert figures["train/loss_t0001-0001"] == 9.0
     assert figures["train/loss"] == 3.0

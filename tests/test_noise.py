@@ -49,10 +49,14 @@ def words(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int
     [  # kat_vectors of Random123, https://github.com/DEShawResearch/random123
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
     ],
     ids=["zeros", "ones", "pi"],
-)  # fmt: skip
+)
 def test_philox_gives_the_published_known_answers(counter, key, expected) -> None:
     assert words(counter, key) == expected == reference(counter, key)
 
@@ -64,7 +68,9 @@ def test_philox_in_wrapping_int64_is_philox_in_unbounded_integers(counter, key) 
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**62), st.sampled_from(Use), st.integers(0, 2**24 - 1), st.integers(0, 9))
+@given(
+    st.integers(0, 2**64 - 1), st.integers(0, 2**62), st.sampled_from(Use), st.integers(0, 2**24 - 1), st.integers(0, 9)
+)
 def test_coordinates_fill_the_counter_as_documented(seed: int, id: int, use: Use, step: int, element: int) -> None:
     """Words: element block, use and step, id low, id high; key: the seed. 53 bits are 32 and the top 21 of the next."""
     counter = (element // 2, use * 2**24 + step, id % 2**32, id // 2**32)
@@ -124,7 +130,7 @@ def test_normals_are_standard_normal() -> None:
 
 def test_uniforms_fill_the_unit_interval_evenly() -> None:
     u = uniforms(7, torch.arange(512), Use.FLIP, (512,)).flatten()
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     counts = torch.histc(u, 64, 0, 1)
     chi2 = ((counts - len(u) / 64) ** 2 / (len(u) / 64)).sum().item()
     assert 27 < chi2 < 119  # 63 degrees of freedom, p = 1e-5 on either side
@@ -136,7 +142,7 @@ def test_uniforms_fill_the_unit_interval_evenly() -> None:
 def test_integers_are_even_and_in_range(high: int) -> None:
     t = integers(3, torch.arange(100_000), Use.TIMESTEP, high)
     assert t.dtype == torch.int64 and t.shape == (100_000,)
-    assert 0 <= int(t.min()) and int(t.max()) < high
+    assert int(t.min()) >= 0 and int(t.max()) < high
     assert abs(t.double().mean().item() / high - 0.5 * (high - 1) / high) < 4.5 / math.sqrt(12 * 100_000)
     if high <= 1000:
         assert len(t.unique()) == high

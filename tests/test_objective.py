@@ -98,7 +98,7 @@ def test_the_loss_is_float32_for_a_network_under_bf16_autocast():
 
 def test_pictures_in_16_bits_are_refused():
     x0, t, noise = batch()
-    with pytest.raises(TypeError, match="x0 is torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"x0 is torch\.bfloat16"):
         loss(lambda x, t: x, x0.bfloat16(), t, noise, SCHEDULE, prediction_type="epsilon")
 
 
@@ -106,3 +106,20 @@ def test_a_network_without_variances_cannot_learn_them():
     x0, t, noise = batch()
     with pytest.raises(ValueError, match="does not learn variances"):
         loss(lambda x, t: x, x0, t, noise, SCHEDULE, prediction_type="epsilon", learned_variance=True)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_loss_stays_on_its_device(kind):
+    # On the meta device nothing has a value, so whatever would wait for one, or needs tables elsewhere, fails.
+    x0, t, noise = (tensor.to("meta") for tensor in batch())
+    got = loss(
+        lambda x, t: torch.cat((x, x), 1),
+        x0,
+        t,
+        noise,
+        SCHEDULE.to("meta"),
+        prediction_type=kind,
+        loss_weighting="min_snr",
+        learned_variance=True,
+    )
+    assert (got.device.type, got.shape) == ("meta", (6,))

@@ -41,7 +41,13 @@ def test_it_is_adam_as_torch_has_it_by_default() -> None:
 
 def test_its_constants_are_the_papers() -> None:
     (group,) = make_adam(network(), 2e-4).param_groups
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == (2e-4, (0.9, 0.999), 1e-8, 0, False)
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == (
+        2e-4,
+        (0.9, 0.999),
+        1e-8,
+        0,
+        False,
+    )
 
 
 def test_state_before_the_first_step_changes_nothing() -> None:

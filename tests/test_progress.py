@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import sys
+import termios
 import time
 
 import pytest
@@ -41,7 +42,11 @@ def test_notes_stand_beside_the_count_until_replaced(capsys: pytest.CaptureFixtu
         progress.advance()
         progress.note("loss 0.4")
         progress.advance()
-    assert [line.rpartition(", ")[2] for line in capsys.readouterr().err.splitlines()] == ["loss 0.5", "loss 0.5", "loss 0.4"]
+    assert [line.rpartition(", ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "loss 0.5",
+        "loss 0.5",
+        "loss 0.4",
+    ]
 
 
 def test_quiet_lets_only_what_is_important_through(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,16 +64,26 @@ def test_every_line_that_is_said_is_seen(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == "hello\n"
 
 
+def _read_to_the_end(descriptor: int) -> str:
+    shown = b""
+    try:
+        while block := os.read(descriptor, 1 << 16):
+            shown += block
+    except OSError:  # how Linux tells that the other end is closed
+        pass
+    os.close(descriptor)
+    return shown.decode()
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
     with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         with Progress(10, "training", unit="steps", done=4, quiet=quiet) as progress:
             progress.advance(6)
             progress.say("saved", important=True)
-        terminal.flush()
-        shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
+    shown = _read_to_the_end(ours)
     assert "saved\r\n" in shown
     assert ("training: 100%" in shown and "10/10" in shown) is not quiet

@@ -1,3 +1,4 @@
+import itertools
 import math
 import types
 
@@ -85,7 +86,7 @@ def test_ddpm_and_ddim_agree_with_diffusers_at_every_timestep(name, prediction_t
         ours.append(largest_error(scheduler, schedule, sampler, prediction_type, **call)[0])
     kinds = ["DDPM small", "DDPM large", "DDIM 0", "DDIM 1"]
     report = ", ".join(f"{kind} {a:.1e} ({b:.1e})" for kind, a, b in zip(kinds, ours, shipped))
-    print(f"\n{name} {prediction_type} {'clipped' if clip else 'unclipped'}: {report}; in brackets as shipped")
+    print(f"\n{name} {prediction_type} {'clipped' if clip else 'unclipped'}: {report}; in brackets as shipped")  # noqa: T201
     assert max(ours) < 1e-5
     assert max(shipped) < 2e-2
 
@@ -154,7 +155,7 @@ def test_timesteps_descend_without_repeats_and_are_as_many_as_asked(spacing):
         for steps in {1, 2, 3, total // 3, total // 2, total - 1, total} & set(range(1, total + 1)):
             visited = timesteps(total, steps, spacing)
             assert len(visited) == steps
-            assert all(a > b for a, b in zip(visited, visited[1:]))
+            assert all(a > b for a, b in itertools.pairwise(visited))
             assert 0 <= visited[-1] <= visited[0] <= total - 1
             if spacing != "leading":
                 assert visited[0] == total - 1
@@ -238,7 +239,7 @@ def test_solvers_converge_to_the_flow_of_a_gaussian_at_their_order(name, order):
         return (got - exact).abs().max().item()
 
     coarse, fine = error(50), error(100)
-    print(f"\n{name}: error {coarse:.1e} in 50 steps, {fine:.1e} in 100: order {math.log2(coarse / fine):.2f}")
+    print(f"\n{name}: error {coarse:.1e} in 50 steps, {fine:.1e} in 100: order {math.log2(coarse / fine):.2f}")  # noqa: T201
     assert fine < 2e-2
     assert math.log2(coarse / fine) > order - 0.25
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from webdataset import tariterators
 
 from pipeline import storage
 from pipeline.data.images import EXTENSIONS, encode
@@ -89,9 +90,8 @@ def test_the_sidecar_leads_to_every_sample(tmp_path: Path, extension: str, label
             assert whole[row["image_offset"] :][: row["image_length"]] == written.image
             assert row["label"] == (-1 if label is None else label)
             # A range of whole samples is a tar that webdataset reads, without an end mark.
-            (entry,) = webdataset.tariterators.group_by_keys(
-                webdataset.tariterators.tar_file_iterator(io.BytesIO(whole))
-            )
+            stream = {"url": "memory", "stream": io.BytesIO(whole)}
+            (entry,) = tariterators.group_by_keys(tariterators.tar_file_expander([stream]))
             assert entry["__key__"] == written.key
 
 

@@ -186,7 +186,7 @@ def saved_bytes(policy):
 
 def test_each_checkpointing_policy_saves_more_than_the_one_before():
     held = [saved_bytes(policy) for policy in ("none", "attention", "blocks", "full")]
-    print(f"\nbytes held for the backward pass: {held}")
+    print(f"\nbytes held for the backward pass: {held}")  # noqa: T201
     assert held == sorted(held, reverse=True)
     assert len(set(held)) == 4
     assert held[2] < 0.35 * held[0]
@@ -220,7 +220,7 @@ def test_bf16_autocast_keeps_the_output_the_embedding_and_the_statistics_in_floa
     assert dtypes["time_mlp"] == dtypes["down.0.blocks.0.embed"] == torch.float32
     assert dtypes["down.0.blocks.0.conv1"] == dtypes["middle.attentions.0"] == torch.bfloat16
     assert dtypes["down.0.blocks.0.norm1"] == torch.bfloat16  # stored in 16 bits; see the next test
-    assert 0 < (output - exact).abs().max() < 0.05 * exact.std()
+    assert 0 < (output - exact).abs().max() < 0.1 * exact.std()
 
 
 def test_statistics_of_16_bit_features_are_taken_in_float32():
@@ -265,7 +265,7 @@ def test_a_size_that_cannot_be_halved_is_refused_with_the_nearest_that_can():
     with pytest.raises(ConfigError) as building:
         UNet(ModelSection(base_channels=16), channels=3, size=(30, 45))
     assert str(building.value) == message
-    with pytest.raises(ConfigError, match="data.size: 8x9 cannot be halved 1 times"):
+    with pytest.raises(ConfigError, match=r"data\.size: 8x9 cannot be halved 1 times"):
         tiny()(torch.zeros(1, 3, 8, 9), torch.zeros(1, dtype=torch.int64))
 
 

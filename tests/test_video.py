@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_frames_are_taken_one_at_a_time() -> None:
     """A thousand steps of a hundred pictures need not be in memory together."""
     alive = 0
 
-    def frames():  # noqa: ANN202
+    def frames():
         nonlocal alive
         for step in range(4):
             alive += 1
@@ -68,7 +68,7 @@ def test_frames_are_taken_one_at_a_time() -> None:
 
 @pytest.mark.parametrize("kind", ["gif", "", "MP4", "samples/grid"])
 def test_another_kind_is_refused_before_a_frame_is_drawn(kind: str) -> None:
-    def never():  # noqa: ANN202
+    def never():
         raise AssertionError
         yield
 
@@ -76,7 +76,7 @@ def test_another_kind_is_refused_before_a_frame_is_drawn(kind: str) -> None:
         video.encode(never(), kind)
 
 
-def test_without_pyav_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
+def test_without_pyav_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ConfigError, match=r"^--video needs PyAV: pip install 'ddpm-pipeline\[video\]'$"):
         video.encode([], "mp4")

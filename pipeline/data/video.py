@@ -40,8 +40,9 @@ def encode(frames: Iterable[NDArray[np.uint8]], kind: str) -> bytes:
         stream.pix_fmt = "yuv420p"
         picture = None
         for frame in frames:
+            if picture is None:
+                stream.height, stream.width = _for_players(frame).shape[:2]
             picture = av.VideoFrame.from_ndarray(_for_players(frame), format="rgb24")
-            stream.width, stream.height = picture.width, picture.height
             container.mux(stream.encode(picture))
         for _ in range(FRAMES_PER_S * HOLD_S):
             container.mux(stream.encode(picture))

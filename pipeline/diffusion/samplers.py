@@ -41,7 +41,7 @@ class Sampler:
             (DPM-Solver++(2M), Lu et al. 2022, arXiv:2211.01095, algorithm 2), or `heun` (Karras et al. 2022,
             arXiv:2206.00364, algorithm 1, on the levels of the schedule; two network passes a step but the last).
         steps: steps, at most T.
-        eta: of DDIM: 0 is deterministic, 1 has DDPM's posterior variance.
+        eta: of DDIM, in [0, 1]: 0 is deterministic, 1 has DDPM's posterior variance.
         spacing: which levels are visited; see `timesteps`.
         variance: of DDPM.
         clip: clip each estimate of the clean picture to [-1, 1].

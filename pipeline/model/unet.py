@@ -195,7 +195,7 @@ class UNet(nn.Module):
         base, widths = section.base_channels, [section.base_channels * mult for mult in section.channel_mults]
         _check_section(section, widths)
         self.checkpointing: Checkpointing = "none"
-        self.channels, self.halvings = channels, len(widths) - 1
+        self.halvings = len(widths) - 1
         self._check_size(*size)
         self.base_channels = base
         self.null_label = section.num_classes
@@ -319,7 +319,8 @@ def sinusoids(t: Tensor, features: int) -> Tensor:
         float32, (B, features).
     """
     half = features // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(1e4) / (half - 1)))
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(1e4) * steps / (half - 1))  # in this order, rounded as diffusers rounds
     angles = t.to(torch.float32)[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 

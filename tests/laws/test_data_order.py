@@ -121,7 +121,7 @@ def test_a_killed_loader_process_is_one_line_and_no_hang(url: str) -> None:
         started = time.monotonic()
         with pytest.raises(DataError) as died:
             [*islice(batches, 100)]
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 20
         assert str(died.value) == (
             f"loader process {victim.pid} died (SIGKILL): most often memory or shared memory has run out; lower "
             "data.workers (0 needs no shared memory) or data.window, or raise the limit"
@@ -141,7 +141,7 @@ time.sleep(60)
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) >= 4  # two workers, the server that forked them, the resource tracker
         process.kill()
-        wait_until_gone(pids, seconds=3)
+        wait_until_gone(pids, seconds=10)
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("raise RuntimeError", 1)])
@@ -156,8 +156,8 @@ print(*(process.pid for process in descendants()), flush=True)
     with job(url, body) as process:
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
-        assert process.wait(timeout=30) == code
-        wait_until_gone(pids, seconds=3)
+        assert process.wait(timeout=60) == code
+        wait_until_gone(pids, seconds=10)
 
 
 def test_forgotten_batches_leave_no_process(url: str) -> None:
@@ -166,7 +166,7 @@ def test_forgotten_batches_leave_no_process(url: str) -> None:
     pids = [process.pid or 0 for process in multiprocessing.active_children()]
     assert len(pids) == 2
     del batches
-    wait_until_gone(pids, seconds=3)
+    wait_until_gone(pids, seconds=10)
 
 
 def test_closing_does_not_wait_for_a_stuck_read(url: str, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_closing_does_not_wait_for_a_stuck_read(url: str, tmp_path: Path) -> Non
     time.sleep(1)  # the workers are at work, and stuck
     started = time.monotonic()
     batches.close()
-    assert 1 < time.monotonic() - started < 5
+    assert 1 < time.monotonic() - started < 8
     assert multiprocessing.active_children() == []
 
 

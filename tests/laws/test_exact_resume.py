@@ -1,6 +1,7 @@
 """A killed job goes on as if nothing had happened: the same bytes, after kills at any moment, with three ranks.
 
-Three, because with two ranks the order in which gradients are summed does not depend on DistributedDataParallel's buckets.
+Three, because with two ranks the order in which gradients are summed does not depend on the buckets of
+DistributedDataParallel.
 """
 
 from __future__ import annotations

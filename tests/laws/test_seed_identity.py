@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.launch import ddpm, kill, launch, start, until
 
@@ -80,11 +84,6 @@ def test_extending_a_set_rewrites_only_a_partial_shard(alone: Path, tiny_run: Pa
 
 
 def test_another_batch_size_gives_nearly_the_same_pictures(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
-    import io
-
-    import numpy as np
-    from PIL import Image
-
     ddpm("sample", tiny_run, *FLAGS, "--batch", "1", "--out", tmp_path / "one").check_returncode()
     one, four = pictures(tmp_path / "one"), pictures(alone)
     for name, data in one.items():
@@ -93,11 +92,6 @@ def test_another_batch_size_gives_nearly_the_same_pictures(alone: Path, tiny_run
 
 
 def test_loose_pngs_and_npz_hold_the_same_pictures(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
-    import io
-
-    import numpy as np
-    from PIL import Image
-
     ddpm("sample", tiny_run, *FLAGS, "--format", "png", "--out", tmp_path / "png").check_returncode()
     ddpm("sample", tiny_run, *FLAGS, "--format", "npz", "--out", tmp_path / "npz").check_returncode()
     tars = pictures(alone)
@@ -127,9 +121,6 @@ def test_other_settings_are_not_mixed_into_a_set(tiny_run: Path, alone: Path) ->
 
 
 def test_grid_and_video_show_the_pictures(tiny_run: Path, tmp_path: Path) -> None:
-    import av
-    from PIL import Image
-
     result = ddpm("sample", tiny_run, "--seeds", "0-8", "--grid", tmp_path / "g.png", "--video", tmp_path / "v.mp4")
     assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "g.png").size == (3 * 10 + 2, 3 * 10 + 2)

@@ -1,0 +1,220 @@
+"""Whatever a user gets wrong is one line with the fix and the right exit code; nothing is half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from typer.main import get_command
+
+from pipeline.cli import app, main
+
+from tests.launch import TINY, ddpm
+
+ROOT = Path(__file__).parents[1]
+
+
+class Refused(Protocol):
+    def __call__(self, code: int, *expected: str, job: str, arguments: tuple[object, ...]) -> None: ...
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a job that must end with this exit code and one line that holds all of the expected texts."""
+
+    def run(code: int, *expected: str, job: str, arguments: tuple[object, ...]) -> None:
+        with pytest.raises(SystemExit) as left:
+            main([job, *map(str, arguments)])
+        lines = capfd.readouterr().err.splitlines()
+        complaints = [line for line in lines if line.startswith("ddpm: ")]
+        assert left.value.code == code, lines
+        assert len(complaints) == 1, lines
+        for text in expected:
+            assert text in complaints[0]
+
+    return run
+
+
+@pytest.mark.parametrize("job", ["shard", "verify", "train", "sample"])
+def test_help_explains_every_option(job: str) -> None:
+    options = [parameter for parameter in get_command(app).commands[job].params if parameter.name != "help"]  # type: ignore[attr-defined]
+    assert options
+    assert all(parameter.help for parameter in options), [p.name for p in options if not p.help]
+
+
+def test_the_command_is_there_and_ends_with_the_code_of_its_error() -> None:
+    assert ddpm("--help").returncode == 0
+    wrong = ddpm("train", "--config", "/nowhere.yaml")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "ddpm: /nowhere.yaml: no such configuration file\n"
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "expected"),
+    [
+        ("shard", ("x", "--out", "y"), "--size"),
+        ("shard", ("x", "--out", "y", "--size", "big"), "--size big"),
+        ("shard", ("x", "--out", "y", "--size", "8", "--sise", "9"), "--sise"),
+        ("shard", ("/nowhere", "--out", "y", "--size", "8"), "/nowhere"),
+        ("shard", ("x", "--out", "y", "--size", "8", "--format", "bmp"), "bmp"),
+        ("verify", ("/nowhere",), "/nowhere"),
+        ("train", (), "--config"),
+        ("train", ("--config", "/nowhere.yaml"), "/nowhere.yaml: no such configuration file"),
+        ("train", ("--config", "."), "not a YAML file"),
+        ("sample", ("/nowhere", "--seeds", "1"), "/nowhere"),
+        ("trian", (), "trian"),
+    ],
+)
+def test_usage_mistakes_end_with_2(
+    refused: Refused, job: str, arguments: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    os.chdir(tmp_path)
+    refused(2, expected, job=job, arguments=arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("train.globl_batch=3", "command line: train.globl_batch: unknown key; did you mean global_batch?"),
+        ("train.steps=many", "train.steps"),
+        ("train.lr=-1", "train.lr"),
+        ("train.global_batch=9", "global_batch 9 is not a multiple of train.micro_batch 2"),
+        ("train.micro_batch=5", "global_batch 12 is not a multiple of train.micro_batch 5"),
+        ("data.lanes=5", "data.lanes 5"),
+        ("data.size=16", "holds 8x8"),
+        ("data.channels=3", "data.channels"),
+        ("model.num_classes=7", "10 classes"),
+        ("train.device=cuda", "no CUDA device"),
+        ("run.dir=", "run.dir"),
+        ("nonsense", "section.key=value"),
+        ("model.channel_mults=[1,2,2,2,2]", "data.size 8x8 cannot be halved 4 times"),
+    ],
+)
+def test_bad_settings_end_with_2(refused: Refused, digits: Path, tmp_path: Path, setting: str, expected: str) -> None:
+    arguments = (*TINY, f"data.shards={digits}", f"run.dir={tmp_path / 'run'}", setting)
+    refused(2, expected, job="train", arguments=arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_other_settings_is_refused_with_the_difference(
+    refused: Refused, digits: Path, tiny_run: Path
+) -> None:
+    arguments = (
+        *TINY,
+        f"data.shards={digits}",
+        f"run.dir={tiny_run}",
+        "train.steps=9",
+        "train.seed=5",
+        "data.flip=false",
+    )
+    refused(2, "train.seed: 0 -> 5", "data.flip: True -> False", "--override train.seed", "free to change are run.*",
+                   job="train", arguments=arguments)  # fmt: skip
+    assert not (tiny_run / "checkpoints/step_00000009").exists()
+
+
+def test_an_insisted_on_key_may_change(digits: Path, tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    result = ddpm("train", *TINY, f"data.shards={digits}", f"run.dir={tmp_path / 'run'}", "train.steps=7", "train.clip_norm=0.5",
+                  "--override", "train.clip_norm")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_directory_that_is_no_run_is_left_alone(refused: Refused, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    refused(2, "is not a run", job="train", arguments=(*TINY, f"data.shards={digits}", f"run.dir={tmp_path}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_that_is_no_sample_set_is_left_alone(refused: Refused, tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    refused(2, "is not a sample set", job="sample", arguments=(tiny_run, "--seeds", "1", "--out", tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "expected"),
+    [
+        (("--seeds", "9-1"), 2, "--seeds 9-1"),
+        (("--seeds", "a"), 2, "--seeds a"),
+        (("--seeds", "1"), 2, "nothing to write"),
+        (("--seeds", "1", "--grid", "g.png", "--label", "10"), 2, "classes 0 to 9"),
+        (("--seeds", "1", "--grid", "g.png", "--size", "9"), 2, "multiples of 2"),
+        (("--seeds", "1", "--grid", "g.png", "--steps", "1000"), 2, "100"),
+        (("--seeds", "1", "--out", "o", "--batch", "3", "--shard-samples", "4"), 2, "--shard-samples 4"),
+        (("--seeds", "1", "--video", "v.avi"), 2, ".mp4"),
+    ],
+)
+def test_impossible_samples_are_refused(
+    refused: Refused, tiny_run: Path, tmp_path: Path, flags: tuple[str, ...], code: int, expected: str
+) -> None:
+    os.chdir(tmp_path)
+    refused(code, expected, job="sample", arguments=(tiny_run, *flags))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_checkpoint_ends_with_4(refused: Refused, digits: Path, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    for path in run.glob("checkpoints/*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    arguments: tuple[object, ...] = (*TINY, f"data.shards={digits}", f"run.dir={run}", "train.steps=9")
+    refused(4, "no valid checkpoint", "model.safetensors has", job="train", arguments=arguments)
+    refused(4, "no valid checkpoint", job="sample", arguments=(run, "--seeds", "1", "--grid", tmp_path / "g.png"))
+    assert ddpm("verify", run).returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"), [("no index", "index.json"), ("cut", "bytes"), ("no directory", "nothing")]
+)
+def test_damaged_shards_end_with_3(refused: Refused, digits: Path, tmp_path: Path, damage: str, expected: str) -> None:
+    shards = tmp_path / "nothing"
+    if damage != "no directory":
+        shutil.copytree(digits, shards)
+    if damage == "no index":
+        (shards / "index.json").unlink()
+    if damage == "cut":
+        tar = sorted(shards.glob("*.tar"))[1]
+        tar.write_bytes(tar.read_bytes()[:-1024])
+    refused(3, expected, job="train", arguments=(*TINY, f"data.shards={shards}", f"run.dir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_nothing_half_written(
+    refused: Refused, digits: Path, tiny_run: Path, small_disk: Path
+) -> None:
+    refused(3, "no space left", job="shard",
+            arguments=(ROOT / "shards/digits.zip", "--out", small_disk / "s", "--size", "64", "--quiet"))  # fmt: skip
+    assert not list(small_disk.rglob("*.tmp"))
+    shutil.rmtree(small_disk / "s")
+    refused(3, "no space left", job="sample",
+            arguments=(tiny_run, "--seeds", "0-1999", "--out", small_disk / "o", "--size", "8", "--quiet"))  # fmt: skip
+    assert not list(small_disk.rglob("*.tmp"))
+
+
+def test_a_full_disk_costs_the_save_and_not_the_run(digits: Path, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(900_000))
+    arguments = (*TINY, f"data.shards={digits}", f"run.dir={small_disk / 'run'}", "train.steps=4")
+    result = ddpm("train", *arguments)
+    assert result.returncode == 3
+    assert "step 2 is not saved, training goes on" in result.stderr
+    assert "no space left" in result.stderr.splitlines()[-1]
+    assert not list(small_disk.rglob("*.tmp"))
+    (small_disk / "ballast").unlink()
+    assert ddpm("train", *arguments).returncode == 0

@@ -1,0 +1,304 @@
+"""Sample sets: which seeds are there, in which shard, drawn how; and when the set is complete."""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline import storage
+from pipeline.data import integrity
+from pipeline.data.sampleset import Format, SampleSet, parse_seeds, seeds_text, stem
+from pipeline.data.shardset import ShardSet
+from pipeline.errors import ConfigError, DataError
+
+PROVENANCE = {"checkpoint_sha256": "ab" * 32, "sampler": "ddim", "steps": 50, "size": [4, 6], "format": "tar"}
+
+
+def picture(seed: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (4, 6, 3), np.uint8)
+
+
+def sample_set(url: str, size: int = 4, format: Format = "tar", **provenance: Any) -> SampleSet:
+    return SampleSet(url, format, size, PROVENANCE | {"format": format, **provenance}, {"torch": "x"})
+
+
+def draw(target: SampleSet, text: str, only: Iterable[int] | None = None, classes: int = 0) -> int:
+    """Draw what is missing, as the job does; how many pictures that took."""
+    count = 0
+    for i, asked in target.shards(parse_seeds(text)):
+        if only is not None and i not in only:
+            continue
+        there = target.there(i)
+        if not there.issuperset(asked):
+            seeds = sorted(there.union(asked))
+            labels = {seed: seed % classes for seed in seeds} if classes else {}
+            target.write(i, ((seed, picture(seed)) for seed in seeds), labels)
+            count += len(seeds)
+    return count
+
+
+def finish(target: SampleSet, text: str, classes: int = 0) -> bool:
+    return target.finish(parse_seeds(text), size=(4, 6), channels=3, classes=classes)
+
+
+@pytest.fixture(params=["local", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "samples") if request.param == "local" else f"memory://{uuid.uuid4().hex}/samples"
+
+
+# --- seeds ---
+
+
+@pytest.mark.parametrize(
+    ("text", "ranges"),
+    [
+        ("7", [(7, 8)]),
+        ("0-3", [(0, 4)]),
+        ("5,1,3", [(1, 2), (3, 4), (5, 6)]),
+        ("0-4,3-9", [(0, 10)]),
+        ("0-4,5-9", [(0, 10)]),
+        ("0-9,2-3", [(0, 10)]),
+        ("1,1,1", [(1, 2)]),
+        (" 3 , 0-1 ", [(0, 2), (3, 4)]),
+        (f"{2**62 - 1}", [(2**62 - 1, 2**62)]),
+    ],
+)
+def test_seeds_are_ranges_inclusive_numbers_and_lists(text: str, ranges: list[tuple[int, int]]) -> None:
+    assert parse_seeds(text) == tuple(range(*pair) for pair in ranges)
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "1,,2", "1-2-3", "1.5", "0x1", "1 2", "1:3", "²"])
+def test_what_is_no_list_of_seeds_is_shown_how(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_seeds(text)
+    assert str(caught.value) == f"--seeds {text}: write A-B (inclusive), A, or a comma list such as 0-99,500"
+
+
+def test_seeds_beyond_the_noise_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"seeds go up to 2\^62"):
+        parse_seeds(f"0-{2**62}")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.sets(st.integers(0, 60) | st.integers(2**61, 2**61 + 9), min_size=1))
+def test_text_and_seeds_are_inverse(seeds: set[int]) -> None:
+    parsed = parse_seeds(seeds_text(sorted(seeds)))
+    assert [seed for part in parsed for seed in part] == sorted(seeds)
+    assert all(a.stop < b.start for a, b in pairwise(parsed))  # merged
+    assert seeds_text([seed for part in parsed for seed in part]) == seeds_text(sorted(seeds))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 12)), min_size=1, max_size=6), st.integers(1, 9))
+def test_every_seed_is_asked_for_once_in_the_shard_of_its_number(pairs: list[tuple[int, int]], size: int) -> None:
+    text = ",".join(f"{first}-{first + more}" for first, more in pairs)
+    wanted = {seed for first, more in pairs for seed in range(first, first + more + 1)}
+    shards = list(sample_set("x", size).shards(parse_seeds(text)))
+    assert [seed for _, seeds in shards for seed in seeds] == sorted(wanted)
+    assert all(seeds and {seed // size for seed in seeds} == {i} for i, seeds in shards)
+    assert [i for i, _ in shards] == sorted({seed // size for seed in wanted})
+
+
+# --- a set on its way ---
+
+
+def test_a_complete_set_is_a_shard_set(url: str) -> None:
+    target = sample_set(url)
+    assert draw(target, "0-9") == 10
+    assert finish(target, "0-9")
+    shards = ShardSet.open(url)
+    assert (shards.samples, shards.size, shards.channels, shards.classes) == (10, (4, 6), 3, None)
+    assert shards.shard_samples == (4, 4, 2)
+    assert shards.settings == target.provenance
+    assert integrity.verify(url) == []
+
+
+def test_plain_webdataset_reads_pictures_seeds_and_labels(tmp_path: Path) -> None:
+    target = sample_set(str(tmp_path))
+    draw(target, "2-5", classes=3)
+    assert finish(target, "2-5", classes=3)
+    assert ShardSet.open(target.url).classes == ("0", "1", "2")
+    files = sorted(str(path) for path in tmp_path.glob("*.tar"))
+    samples = list(webdataset.WebDataset(files, shardshuffle=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in samples] == [f"{seed:09d}" for seed in range(2, 6)]
+    for seed, sample in zip(range(2, 6), samples):
+        assert sample["json"] == {"seed": seed, "label": seed % 3}
+        assert sample["cls"] == seed % 3
+        assert np.array_equal(sample["png"], picture(seed))
+
+
+def test_a_record_says_which_seeds_and_how(url: str) -> None:
+    target = sample_set(url, size=100)
+    draw(target, "3-5,9")
+    record = storage.read_json(storage.join(url, "shard_000000.json"))
+    assert (record["seeds"], record["count"]) == ("3-5,9", 4)
+    assert (record["provenance"], record["environment"]) == (target.provenance, target.environment)
+    assert (record["bytes"], record["samples"]) == (storage.size(storage.join(url, "shard_000000.tar")), 4)
+
+
+def test_what_is_there_is_not_drawn_again(url: str) -> None:
+    target = sample_set(url)
+    assert draw(target, "0-9", only=[1]) == 4
+    assert not finish(target, "0-9") and not storage.exists(storage.join(url, "index.json"))
+    assert draw(target, "0-9") == 6
+    assert finish(target, "0-9")
+    assert draw(target, "0-9") == 0
+
+
+def test_extending_a_set_rewrites_only_the_partial_shard(url: str) -> None:
+    target = sample_set(url)
+    draw(target, "0-5")
+    finish(target, "0-5")
+    before = storage.read_bytes(storage.join(url, "shard_000000.tar"))
+    assert draw(target, "0-9") == 6  # shard 1 again, with all four, and shard 2
+    assert finish(target, "0-9")
+    assert storage.read_bytes(storage.join(url, "shard_000000.tar")) == before
+    assert ShardSet.open(url).samples == 10
+    assert integrity.verify(url) == []
+
+
+def test_asking_for_fewer_takes_nothing_away(url: str) -> None:
+    target = sample_set(url)
+    draw(target, "0-9")
+    finish(target, "0-9")
+    assert draw(target, "2-3") == 0
+    assert finish(target, "2-3")
+    assert ShardSet.open(url).samples == 10
+
+
+@pytest.mark.parametrize("format", ["tar", "png", "npz"])
+def test_any_order_and_number_of_processes_give_the_same_bytes(format: Format, tmp_path: Path) -> None:
+    one, many = sample_set(str(tmp_path / "one"), format=format), sample_set(str(tmp_path / "many"), format=format)
+    draw(one, "0-9")
+    finish(one, "0-9")
+    for i in (2, 0, 2, 1):
+        draw(replace(many, environment={"torch": "x"}), "0-9", only=[i])
+        finish(many, "0-9")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()} == files
+
+
+def test_a_shard_without_its_record_or_cut_short_is_drawn_again(url: str) -> None:
+    target = sample_set(url)
+    draw(target, "0-9")
+    storage.remove(storage.join(url, f"{stem(0)}.json"))  # killed before the commit
+    tar = storage.join(url, f"{stem(1)}.tar")
+    storage.write_bytes(tar, storage.read_bytes(tar)[:-512])
+    assert (target.there(0), target.there(1), target.there(2)) == (set(), set(), {8, 9})
+    assert not finish(target, "0-9")
+    assert draw(target, "0-9") == 8
+    assert finish(target, "0-9") and integrity.verify(url) == []
+
+
+@pytest.mark.parametrize("format", ["tar", "png", "npz"])
+def test_a_failure_in_the_middle_commits_nothing(url: str, format: Format) -> None:
+    def failing() -> Iterable[tuple[int, NDArray[np.uint8]]]:
+        yield 0, picture(0)
+        raise DataError("no space left")
+
+    target = sample_set(url, format=format)
+    with pytest.raises(DataError):
+        target.write(0, failing(), {})
+    assert target.there(0) == set()
+    assert not [name for name in storage.listdir(url) if name.endswith((".tar", ".json", ".npz"))]
+
+
+def test_png_is_one_file_a_seed_and_no_other(url: str) -> None:
+    target = sample_set(url, format="png")
+    draw(target, "0-5")
+    assert finish(target, "0-5")
+    pngs = [name for name in storage.listdir(url) if name.endswith(".png")]
+    assert pngs == [f"{seed:09d}.png" for seed in range(6)]
+    for seed, name in enumerate(pngs):
+        assert np.array_equal(
+            np.asarray(Image.open(io.BytesIO(storage.read_bytes(storage.join(url, name))))), picture(seed)
+        )
+    assert draw(target, "0-5") == 0
+
+
+def test_npz_holds_seeds_and_pictures_in_order(url: str) -> None:
+    target = sample_set(url, format="npz")
+    draw(target, "0-5")
+    assert finish(target, "0-5")
+    with np.load(io.BytesIO(storage.read_bytes(storage.join(url, "shard_000001.npz"))), allow_pickle=False) as arrays:
+        assert arrays["seeds"].tolist() == [4, 5]
+        assert np.array_equal(arrays["images"], np.stack([picture(4), picture(5)]))
+    assert storage.read_json(storage.join(url, "shard_000001.json"))["seeds"] == "4-5"
+    assert draw(target, "0-5") == 0
+
+
+# --- refused ---
+
+
+def test_samples_of_another_checkpoint_or_manner_are_refused(url: str) -> None:
+    draw(sample_set(url), "0-3")
+    other = sample_set(url, checkpoint_sha256="cd" * 32, steps=20)
+    with pytest.raises(ConfigError) as caught:
+        other.there(0)
+    message = str(caught.value)
+    difference = f"checkpoint_sha256: {'ab' * 32} there, {'cd' * 32} now; steps: 50 there, 20 now"
+    assert message.startswith(f"{url} holds samples drawn differently ({difference})")
+    assert message.endswith("choose another --out")
+    with pytest.raises(ConfigError):
+        finish(other, "0-3")
+
+
+def test_another_environment_is_written_down_but_not_refused(url: str) -> None:
+    draw(sample_set(url), "0-3")
+    assert replace(sample_set(url), environment={"torch": "y"}).there(0) == {0, 1, 2, 3}
+
+
+@pytest.mark.xfail(reason="bug: only the shards asked for are compared, and all are put into the index", strict=True)
+def test_other_seeds_drawn_in_another_manner_are_refused_too(url: str) -> None:
+    """Two samples of one set agree in all that decides what a seed looks like."""
+    draw(sample_set(url), "0-3")
+    other = sample_set(url, checkpoint_sha256="cd" * 32)
+    with pytest.raises(ConfigError, match="drawn differently"):
+        other.check()
+        draw(other, "4-7")
+        finish(other, "4-7")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "photo.png", "train-000000.tar", "checkpoints", "config.yaml", "1.jpg"])
+def test_a_directory_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError) as caught:
+        sample_set(str(tmp_path)).check()
+    assert str(caught.value) == f"{tmp_path} exists and is not a sample set (it holds {name}): choose another --out"
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(ConfigError, match="is a file: --out names a directory"):
+        sample_set(str(tmp_path / "x")).check()
+
+
+@pytest.mark.parametrize("format", ["tar", "png", "npz"])
+def test_its_own_files_are_not_strange(url: str, format: Format) -> None:
+    target = sample_set(url, format=format)
+    target.check()
+    draw(target, "0-5")
+    target.check()
+    finish(target, "0-5")
+    target.check()
+
+
+@pytest.mark.xfail(reason="bug: names are compared as text, so shard 1000000 comes before shard 999999", strict=True)
+def test_shards_are_in_the_order_of_their_seeds(tmp_path: Path) -> None:
+    target = sample_set(str(tmp_path), size=1)
+    draw(target, "999999-1000000")
+    finish(target, "999999-1000000")
+    assert [record.stem for record in ShardSet.open(str(tmp_path)).shards] == ["shard_999999", "shard_1000000"]

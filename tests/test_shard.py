@@ -1,0 +1,220 @@
+"""The sharding job: same bytes however it is run or interrupted; every misuse is one line and an exit code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.data.integrity import verify
+from pipeline.data.shardset import ShardSet
+from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.shard import Summary, shard
+from tests.launch import ddpm
+from tests.test_imageset import write_pictures
+
+DIGITS = str(Path(__file__).parent.parent / "shards" / "digits.zip")
+MESSY = Path(__file__).parent.parent.parent / "shared" / "data" / "messy" / "messy.tar"
+
+
+def hashes(out: Path) -> dict[str, str]:
+    """Of tars and sidecars; the records say where the source was."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(out.iterdir())
+        if p.suffix in (".tar", ".npy")
+    }
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+    out = tmp_path_factory.mktemp("one") / "set"
+    return out, shard([DIGITS], str(out), size=8, channels=1, shard_samples=200, workers=1, quiet=True)
+
+
+def finish(out: Path, **options: object) -> Summary:
+    return shard(
+        [DIGITS], str(out), **{"size": 8, "channels": 1, "shard_samples": 200, "workers": 2, "quiet": True, **options}
+    )
+
+
+def test_the_digits_are_taken_whole(digits: tuple[Path, Summary]) -> None:
+    out, summary = digits
+    assert (summary.inputs, summary.taken, summary.rejected, summary.shards) == (1797, 1797, {}, 9)
+    assert summary.classes == dict(zip("0123456789", [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]))
+    assert verify(str(out)) == []
+    assert "class 9" in summary.as_text() and json.loads(json.dumps(summary.as_dict()))["shards_made"] == 9
+
+
+def test_any_number_of_workers_gives_the_same_bytes(digits: tuple[Path, Summary], tmp_path: Path) -> None:
+    finish(tmp_path / "set", workers=3)
+    assert hashes(tmp_path / "set") == hashes(digits[0])
+    assert (tmp_path / "set" / "index.json").read_bytes() == (digits[0] / "index.json").read_bytes()
+
+
+ARGUMENTS = ("--size", "8", "--channels", "1", "--shard-samples", "200", "--workers", "2")
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    """The job in a session of its own, as a terminal or SLURM starts it."""
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "shard", DIGITS, "--out", str(out)]
+    return subprocess.Popen([*command, *ARGUMENTS], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_tars(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.tar"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_killed_job_goes_on_to_the_same_bytes(digits: tuple[Path, Summary], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    for count in (1, 5):
+        job = start(out)
+        wait_for_tars(out, count)
+        os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+        with pytest.raises(DataError, match=r"has no index.json"):
+            ShardSet.open(str(out))
+    assert 0 < finish(out).shards_made < 9
+    assert hashes(out) == hashes(digits[0])
+    assert not [name for name in os.listdir(out) if name.startswith(".")]
+    assert verify(str(out)) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_request_ends_in_75_with_nothing_half_written(
+    digits: tuple[Path, Summary], tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "set"
+    job = start(out)
+    wait_for_tars(out, 2)
+    os.killpg(job.pid, number)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode == 75
+    assert f"stopped by {number.name} with " in errors and "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    assert not [name for name in os.listdir(out) if name.startswith(".") or name == "index.json"]
+    assert 0 < finish(out).shards_made < 9
+    assert hashes(out) == hashes(digits[0])
+
+
+def test_a_second_run_says_that_all_is_there(digits: tuple[Path, Summary], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(digits[0], out)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert finish(out).as_text().startswith(f"{out}: all 9 shards are there, nothing to do")
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_overwriting_gives_the_bytes_of_a_fresh_job(digits: tuple[Path, Summary], tmp_path: Path) -> None:
+    finish(tmp_path / "set", size=4, shard_samples=150)
+    finish(tmp_path / "set", overwrite=True)
+    assert hashes(tmp_path / "set") == hashes(digits[0])
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sources with something wrong in them."""
+    place = tmp_path_factory.mktemp("bad")
+    for name in ("empty", "text"):
+        (place / name).mkdir()
+    (place / "text" / "a").write_text("a")
+    (place / "text" / "b").write_text("b")
+    (place / "cut.zip").write_bytes(Path(DIGITS).read_bytes()[:5000])
+    write_pictures(place / "mixed", [f"{i}.png" for i in range(9)])
+    (place / "mixed" / "bad.png").write_bytes(b"bad")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "kind", "message"),
+    [
+        ("nowhere", {}, ConfigError, "nowhere: no such file or folder: check the name"),
+        ("mixed/bad.png", {}, ConfigError, "is neither a folder nor a .zip, .tar or .tar.gz file: give one of these"),
+        (".", {}, ConfigError, "lies inside the source"),
+        ("mixed", {"size": 0}, ConfigError, "--size, --shard-samples and --min-size are at least 1"),
+        ("mixed", {"background": "rainbow"}, ConfigError, "--background rainbow: write a colour as in CSS, such as"),
+        ("mixed", {"channels": 2}, ConfigError, "--channels 2: 3 for colour or 1 for grey"),
+        ("empty", {}, DataError, "empty: not a single file in it: give a folder or archive that holds pictures"),
+        ("cut.zip", {}, DataError, "cut.zip cannot be read as a zip archive"),
+        ("text", {}, DataError, "not one of 2 inputs is a readable picture (2 not_an_image): {out}/rejected.jsonl nam"),
+        ("mixed", {}, DataError, "1 of 10 inputs were rejected (1 not_an_image), more than --max-bad-fraction 0.05"),
+    ],
+)
+def test_misuse_is_one_line(
+    bad: Path, source: str, options: dict[str, object], kind: type[PipelineError], message: str
+) -> None:
+    out = bad / "out"
+    with pytest.raises(kind) as refused:
+        shard([str(bad / source)], str(out), **{"size": 8, "workers": 1, "quiet": True, **options})
+    assert message.format(out=out) in str(refused.value) and "\n" not in str(refused.value)
+    assert (out / "index.json").exists() == ("max-bad" in message)
+    storage.remove(str(out))
+
+
+def test_the_exit_code_tells_and_the_line_is_the_only_one(bad: Path, tmp_path: Path) -> None:
+    for source, code in [("nowhere", 2), ("mixed", 3)]:
+        done = ddpm("shard", bad / source, "--out", tmp_path / "out", "--size", "8", "--quiet", "--workers", "1")
+        assert done.returncode == code
+        assert done.stderr.startswith("ddpm: ") and done.stderr.count("\n") == 1
+
+
+def test_the_bad_fraction_is_judged_again_without_work(bad: Path, tmp_path: Path) -> None:
+    def again(**options: float) -> Summary:
+        return shard([str(bad / "mixed")], str(tmp_path / "set"), size=8, workers=1, quiet=True, **options)
+
+    for _ in range(2):
+        with pytest.raises(DataError, match="1 of 10 inputs were rejected"):
+            again()
+    summary = again(max_bad_fraction=0.1)
+    assert summary.shards_made == 0 and summary.rejected == {"not_an_image": 1}
+    assert verify(str(tmp_path / "set")) == []
+
+
+FULL_DISK = """
+import os, subprocess, sys
+from pipeline.errors import DataError
+from tests.test_shard import Path, finish
+out = Path(sys.argv[1], "set")
+try:
+    finish(out)
+except DataError as error:
+    print(error)
+print([name for name in os.listdir(out) if name[0] == "."])
+subprocess.run(["mount", "-o", "remount,size=50m", sys.argv[1]], check=True)
+print(finish(out).shards_made)
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    unshare = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
+    mount = f'mount -t tmpfs -o size=2m tmpfs "{tmp_path}"'
+    if not shutil.which("unshare") or subprocess.run([*unshare, "sh", "-c", mount], check=False).returncode:
+        pytest.skip("no right to mount a small file system here")
+    job = ["sh", "-c", f'{mount} && exec "$0" -c "$1" "$2"', sys.executable, FULL_DISK, str(tmp_path)]
+    done = subprocess.run([*unshare, *job], check=True, capture_output=True, text=True)
+    message, leftovers, made = done.stdout.splitlines()
+    assert message.startswith(f"cannot write {tmp_path}/set/set-0000")
+    assert "no space left" in message and message.endswith("then run the same command again")
+    assert leftovers == "[]"
+    assert 0 < int(made) < 9
+
+
+@pytest.mark.skipif(not MESSY.exists(), reason="the collection of messy images is not on this machine")
+def test_messy_files_end_as_samples_or_reasons(tmp_path: Path) -> None:
+    summary = shard([str(MESSY)], str(tmp_path / "set"), size=32, workers=2, max_bad_fraction=1, quiet=True)
+    assert summary.inputs == 816
+    assert summary.taken >= 700
+    assert summary.taken + sum(summary.rejected.values()) == 816
+    assert verify(str(tmp_path / "set")) == []
