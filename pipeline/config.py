@@ -224,6 +224,15 @@ class RunSection(Section):
 class Config(Section):
     """A whole run."""
 
+    model_config = ConfigDict(
+        json_schema_extra=lambda schema: schema["properties"].update(
+            base={
+                "type": "string",
+                "description": "A configuration file whose values hold where this one says nothing.",
+            }
+        )
+    )
+
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     diffusion: DiffusionSection = DiffusionSection()
@@ -249,7 +258,7 @@ class Config(Section):
             )
         if self.train.lr_stages and self.train.lr_schedule != "constant":
             raise ValueError(f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} exclude each other")
-        if self.sample.steps and self.sample.steps > self.diffusion.timesteps:
+        if (self.sample.steps or 0) > self.diffusion.timesteps:
             raise ValueError(f"sample.steps {self.sample.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
         return self
 
@@ -312,13 +321,9 @@ def parse(text: str, name: str = "configuration") -> Config:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """`section.key` → (old value, new value), for all keys that differ."""
-    found = {}
-    for section, values in old.model_dump(mode="json").items():
-        for key, value in values.items():
-            other = new.model_dump(mode="json")[section][key]
-            if other != value:
-                found[f"{section}.{key}"] = (value, other)
-    return found
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    pairs = {f"{s}.{key}": (value, after[s][key]) for s, values in before.items() for key, value in values.items()}
+    return {key: (value, other) for key, (value, other) in pairs.items() if value != other}
 
 
 class _Loader(yaml.SafeLoader):

@@ -45,6 +45,10 @@ def test_scientific_notation_is_a_number(text: str, rate: float) -> None:
     assert load(f"train: {{lr_stages: [[10, {text}]]}}").train.lr_stages == ((10, rate),)
 
 
+def test_a_whole_number_may_be_written_with_an_exponent() -> None:
+    assert load("train: {steps: 3e5}").train.steps == 300_000
+
+
 def test_words_that_only_look_like_numbers_stay_words() -> None:
     assert load("run: {dir: 1e-3-run}").run.dir == "1e-3-run"
     assert load("run: {dir: e5}").run.dir == "e5"
