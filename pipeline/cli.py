@@ -108,10 +108,10 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train, or go on with the run in run.dir. Many processes: accelerate launch -m pipeline.train --config C.yaml."""
-    from pipeline import config as configuration
+    from pipeline import configfile
     from pipeline.train import train as job
 
-    job(configuration.load(config, settings or (), _read_text), insist=override or (), quiet=quiet)
+    job(configfile.load(config, settings or (), _read_text), insist=override or (), quiet=quiet)
 
 
 @app.command()

@@ -1,14 +1,11 @@
-"""Every setting of a run, typed and validated: YAML and `key=value` in, one frozen `Config` out.
+"""Every setting of a run, typed and validated, in one frozen `Config`. Pure.
 
-Pure: text comes in through a `read` function, nothing here touches a disk, a device or the environment. The docstring
-under a field is its only documentation; `configs/config.schema.json` carries it to editors.
+The docstring under a field is its only documentation; `configs/config.schema.json` carries it to editors.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
@@ -21,12 +18,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
-
-from pipeline.errors import ConfigError
 
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
@@ -282,41 +276,8 @@ class Config(Section):
         return Config.model_validate(values | {name: steps(values[name]) for name in ("train", "run")})
 
     def to_yaml(self) -> str:
-        """Every key with its value, as YAML that `parse` reads back to an equal Config."""
+        """Every key with its value, as YAML that `configfile.parse` reads back to an equal Config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
-
-
-def load(name: str, overrides: Iterable[str], read: Callable[[str], str]) -> Config:
-    """The configuration in a YAML file, its parent (`base:`) and `key=value` arguments, later ones winning.
-
-    Args:
-        name: the file, as `read` knows it; `base:` is taken relative to it.
-        overrides: such as `train.lr=1e-4`; the value is YAML.
-        read: gives the text of a file.
-
-    Raises:
-        ConfigError: with one line for each problem, naming file, line and key.
-    """
-    values, places = _read_file(name, read, ())
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        section, dot, field = key.partition(".")
-        if not (equals and dot and field):
-            raise ConfigError(f"{override!r} is not a setting: write section.key=value, such as train.lr=1e-4")
-        try:
-            value = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not YAML: {_oneline(error)}") from error
-        values.setdefault(section, {})
-        values[section] = {**values[section], field: value} if isinstance(values[section], dict) else {field: value}
-        places[section, field] = "command line"
-        places.setdefault((section,), "command line")
-    return _validated(values, places, name)
-
-
-def parse(text: str, name: str = "configuration") -> Config:
-    """The configuration in a YAML text that has no parent."""
-    return load(name, (), lambda _: text)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -324,94 +285,3 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     pairs = {f"{s}.{key}": (value, after[s][key]) for s, values in before.items() for key, value in values.items()}
     return {key: (value, other) for key, (value, other) in pairs.items() if value != other}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: `2e-4` is one, where YAML 1.1 wants a dot and reads text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own attribute
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-_Places = dict[tuple[str, ...], str]
-
-
-def _read_file(name: str, read: Callable[[str], str], children: tuple[str, ...]) -> tuple[dict[str, Any], _Places]:
-    """Values of a YAML file laid over its parent's, and for each key where it was written."""
-    if name in children:
-        raise ConfigError(f"{name}: base: leads back to itself")
-    places: _Places = {}
-    try:
-        loader = _Loader(read(name))
-        node = loader.get_single_node()
-        _record_places(node, (), name, places)
-        values = loader.construct_document(node) if node else {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not YAML: {_oneline(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name}: a configuration is a mapping of sections, such as `train: {{steps: 1000}}`")
-    base = values.pop("base", None)
-    if base is not None:
-        parent, parent_places = _read_file(
-            name.rpartition("/")[0] + "/" * ("/" in name) + str(base), read, (*children, name)
-        )
-        values = parent | {
-            section: parent[section] | own if isinstance(own, dict) and isinstance(parent.get(section), dict) else own
-            for section, own in values.items()
-        }
-        places = parent_places | places
-    return values, places
-
-
-def _record_places(node: yaml.Node | None, path: tuple[str, ...], name: str, places: _Places) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        here = (*path, str(key.value))
-        if here in places:
-            raise ConfigError(
-                f"{name}:{key.start_mark.line + 1}: {'.'.join(here)}: given twice, first at {places[here]}"
-            )
-        places[here] = f"{name}:{key.start_mark.line + 1}"
-        _record_places(value, here, name, places)
-
-
-def _validated(values: dict[str, Any], places: _Places, name: str) -> Config:
-    try:
-        return Config.model_validate({key: {} if value is None else value for key, value in values.items()})
-    except ValidationError as error:
-        lines = dict.fromkeys(_explain(problem, places, name) for problem in error.errors())
-        raise ConfigError("\n".join(lines)) from error
-
-
-def _explain(problem: Any, places: _Places, name: str) -> str:
-    path = tuple(str(part) for part in problem["loc"])
-    key = path[:2]
-    place = places.get(key) or places.get(key[:1]) or name
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key[-1], _known_keys(key[:-1]), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_known_keys(key[:-1]))}"
-        return f"{place}: {'.'.join(key)}: unknown key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {'.'.join(key)}: {message} (got {problem['input']!r})" if path else f"{place}: {message}"
-
-
-def _known_keys(section: tuple[str, ...]) -> list[str]:
-    if not section:
-        return list(Config.model_fields)
-    kind = Config.model_fields[section[0]].annotation if section[0] in Config.model_fields else None
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
-
-
-def _oneline(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline import config as configuration
-from pipeline import noise, storage
-from pipeline.config import Config, DataSection, SampleSection
+from pipeline import configfile, noise, storage
+from pipeline.config import Config, DataSection, SampleSection, differences
 from pipeline.diffusion import samplers
 from pipeline.diffusion.schedule import Denoise, Schedule, make_schedule
 from pipeline.errors import ConfigError, DataError
@@ -159,7 +158,7 @@ def load_weights(source: str, config: Config) -> dict[str, Tensor]:
     """
     theirs, weights, _ = _read(source, ema=True)
     shaping = ("model.dropout", "model.label_dropout")
-    different = {key: values for key, values in configuration.differences(theirs, config).items()
+    different = {key: values for key, values in differences(theirs, config).items()
                  if (key.startswith("model.") and key not in shaping) or key == "data.channels"}  # fmt: skip
     if different:
         diff = "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in different.items())
@@ -174,7 +173,7 @@ def _read(source: str, *, ema: bool) -> tuple[Config, dict[str, Tensor], str]:
     if folder:
         return _read_diffusers(source, folder)
     checkpoint = checkpoints.find(source)
-    config = configuration.parse(checkpoint.state()["config"], f"{checkpoint.path}/state.json")
+    config = configfile.parse(checkpoint.state()["config"], f"{checkpoint.path}/state.json")
     return config, checkpoint.tensors("ema" if ema else "model"), checkpoint.manifest_sha256
 
 

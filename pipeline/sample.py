@@ -175,7 +175,7 @@ def _check(generator: Generator, manner: Manner, request: Request) -> None:
         raise ConfigError(f"--steps {steps}: this model has {timesteps} timesteps: take no more steps than that")
     if request.shard_samples % manner.settings.batch:
         raise ConfigError(
-            f"--shard-samples {request.shard_samples} is not a multiple of --batch {manner.settings.batch}: change either"
+            f"--shard-samples {request.shard_samples} is no multiple of --batch {manner.settings.batch}: change either"
         )
     height, width = manner.size or data.height_width
     stride = 2 ** (len(model.channel_mults) - 1)

@@ -18,8 +18,7 @@ from typing import Any
 import accelerate
 import torch
 
-from pipeline import config as configuration
-from pipeline import storage
+from pipeline import configfile, storage
 from pipeline.config import Config
 from pipeline.data.batches import Batch, Batches, read_all
 from pipeline.data.order import Order, check_world, default_lanes
@@ -135,11 +134,11 @@ def _loop(trainer: Trainer, position: Position, batches: Iterator[Batch], around
 
         # Update: a bad step changes nothing but its counter.
         trainer.update(position, bad=bad)
-        around.progress.advance()
 
         # Look and save.
         last = position.step == config.train.steps
         _report(trainer, position, meter, around, last)
+        around.progress.advance()
         with meter.paused():
             _look(trainer, position, around, last)
             if stop or last or position.step % config.run.checkpoint_every == 0:
@@ -259,7 +258,7 @@ def _open_run(
     state: dict[str, Any] = {}
     if found:
         state = found.state()
-        check_same_run(configuration.parse(state["config"]), config, found.step, insist)
+        check_same_run(configfile.parse(state["config"]), config, found.step, insist)
         if state["data_sha256"] != shards.sha256 and "data.shards" not in insist:
             raise ConfigError(
                 f"{shards.url} is not the data {run_dir} was trained on ({shards.samples} samples, then "
@@ -301,7 +300,8 @@ def _headline(trainer: Trainer, position: Position, shards: ShardSet, resumed: C
     return (
         f"{trainer.config.run.dir}: {where}; {ranks.size} process{'es' * (ranks.size > 1)} on {ranks.device.type}, "
         f"{million:.1f} M parameters, {shards.samples} pictures; global batch {section.global_batch} = "
-        f"{ranks.size} ranks x {accumulated} x {position.micro_batch}, {section.precision}, checkpointing {position.checkpointing}"
+        f"{ranks.size} ranks x {accumulated} x {position.micro_batch}, {section.precision}, "
+        f"checkpointing {position.checkpointing}"
     )
 
 

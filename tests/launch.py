@@ -25,8 +25,8 @@ def ddpm(job: str, *arguments: object, timeout_s: float = 120) -> subprocess.Com
 
 def start(processes: int, job: str, *arguments: object, log: Path) -> subprocess.Popen[bytes]:
     """Start `accelerate launch -m pipeline.JOB …` with so many gloo processes; output is appended to `log`."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     if processes > 1:
         launcher.append("--multi_gpu")  # the way to several ranks also without any GPU
     command = [*launcher, "-m", f"pipeline.{job}", *map(str, arguments)]

@@ -13,7 +13,6 @@ import pytest
 from typer.main import get_command
 
 from pipeline.cli import app, main
-
 from tests.launch import TINY, ddpm
 
 ROOT = Path(__file__).parents[1]
@@ -120,8 +119,8 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(
 
 def test_an_insisted_on_key_may_change(digits: Path, tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run, tmp_path / "run")
-    result = ddpm("train", *TINY, f"data.shards={digits}", f"run.dir={tmp_path / 'run'}", "train.steps=7", "train.clip_norm=0.5",
-                  "--override", "train.clip_norm")  # fmt: skip
+    arguments = (*TINY, f"data.shards={digits}", f"run.dir={tmp_path / 'run'}", "train.steps=7", "train.clip_norm=0.5")
+    result = ddpm("train", *arguments, "--override", "train.clip_norm")
     assert result.returncode == 0, result.stderr
 
 

@@ -7,14 +7,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config as configuration
+from pipeline import configfile
 from pipeline.config import Config, TrainSection, differences, parse
 from pipeline.errors import ConfigError
 
 
 def load(text: str, *overrides: str, **parents: str) -> Config:
     files = {"c.yaml": text} | {f"{name}.yaml": parent for name, parent in parents.items()}
-    return configuration.load("c.yaml", overrides, files.__getitem__)
+    return configfile.load("c.yaml", overrides, files.__getitem__)
 
 
 def complaints(text: str, *overrides: str, **parents: str) -> list[str]:
@@ -105,7 +105,7 @@ def test_a_parent_is_found_beside_its_child_and_may_have_a_parent() -> None:
         "configs/b.yaml": "base: ../a.yaml\ntrain: {seed: 1}",
         "configs/../a.yaml": "train: {seed: 0, steps: 9}",
     }
-    config = configuration.load("configs/c.yaml", (), files.__getitem__)
+    config = configfile.load("configs/c.yaml", (), files.__getitem__)
     assert (config.train.seed, config.train.steps) == (1, 9)
 
 

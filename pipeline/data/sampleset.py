@@ -153,8 +153,8 @@ def parse_seeds(text: str) -> tuple[range, ...]:
         ConfigError: it is none of these.
     """
     ranges = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise ConfigError(f"--seeds {text}: write A-B (inclusive), A, or a comma list such as 0-99,500")
         ranges.append(range(int(first), int(last or first) + 1))

@@ -31,7 +31,7 @@ def encode(frames: Iterable[NDArray[np.uint8]], kind: str) -> bytes:
     if codec is None:
         raise ConfigError(f"--video: .{kind} is not a video this writes: name a .mp4 or .webm file")
     try:
-        import av  # noqa: PLC0415  an optional dependency
+        import av
     except ImportError:
         raise ConfigError("--video needs PyAV: pip install 'ddpm-pipeline[video]'") from None
     buffer = io.BytesIO()

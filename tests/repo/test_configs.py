@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import config as configuration
+from pipeline import configfile
 from pipeline.config import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -20,7 +20,7 @@ every = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 
 
 def _load(path: Path) -> Config:
-    return configuration.load(str(path), (), lambda name: Path(name).read_text())
+    return configfile.load(str(path), (), lambda name: Path(name).read_text())
 
 
 def _schema() -> dict[str, Any]:
@@ -60,7 +60,7 @@ def test_it_loads_and_its_lengths_resolve(path: Path) -> None:
     config = _load(path)
     resolved = config.in_steps(50_000)
     assert resolved.in_steps(1) == resolved
-    assert configuration.parse(resolved.to_yaml()) == resolved
+    assert configfile.parse(resolved.to_yaml()) == resolved
 
 
 @every
