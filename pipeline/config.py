@@ -6,9 +6,10 @@ The docstring under a field is its only documentation; `configs/config.schema.js
 from __future__ import annotations
 
 import re
+from fractions import Fraction
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -163,7 +164,7 @@ class TrainSection(Section):
     """Start a new run from the EMA weights of a run, a checkpoint or a diffusers directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Fixes weights, order, timesteps, noise and dropout."""
     max_bad_steps: PositiveInt = 10
     """Consecutive steps with a non-finite loss or gradient after which the run fails; each one is left out."""
@@ -236,24 +237,27 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
-        height, width = self.data.height_width
-        stride = 2 ** (len(self.model.channel_mults) - 1)
-        if height % stride or width % stride:
-            raise ValueError(
-                f"data.size {height}x{width} cannot be halved {len(self.model.channel_mults) - 1} times: "
-                f"take a multiple of {stride}, or fewer model.channel_mults"
-            )
+        (height, width), levels = self.data.height_width, len(self.model.channel_mults)
+        stride = 2 ** (levels - 1)
         batch, lanes, micro = self.train.global_batch, self.data.lanes, self.train.micro_batch
-        if lanes and batch % lanes:
-            raise ValueError(f"train.global_batch {batch} is not a multiple of data.lanes {lanes}: change one of them")
-        if micro != "auto" and batch % micro:
-            raise ValueError(
-                f"train.global_batch {batch} is not a multiple of train.micro_batch {micro}: change one of them"
-            )
-        if self.train.lr_stages and self.train.lr_schedule != "constant":
-            raise ValueError(f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} exclude each other")
-        if (self.sample.steps or 0) > self.diffusion.timesteps:
-            raise ValueError(f"sample.steps {self.sample.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}")
+        contradictions = {
+            f"data.size {height}x{width} cannot be halved {levels - 1} times: take a multiple of {stride}, "
+            "or fewer model.channel_mults": bool(height % stride or width % stride),
+            f"train.global_batch {batch} is not a multiple of data.lanes {lanes}: change one of them": (
+                lanes is not None and batch % lanes != 0
+            ),
+            f"train.global_batch {batch} is not a multiple of train.micro_batch {micro}: change one of them": (
+                micro != "auto" and batch % micro != 0
+            ),
+            f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} exclude each other: drop one": (
+                bool(self.train.lr_stages) and self.train.lr_schedule != "constant"
+            ),
+            f"sample.steps {self.sample.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}: lower it": (
+                (self.sample.steps or 0) > self.diffusion.timesteps
+            ),
+        }
+        if found := [text for text, holds in contradictions.items() if holds]:
+            raise ValueError("\n".join(found))
         return self
 
     def in_steps(self, samples: int) -> Config:
@@ -263,21 +267,21 @@ class Config(Section):
             samples: pictures in an epoch.
         """
 
-        def steps(value: object) -> object:
-            if isinstance(value, dict):
-                return {key: steps(item) for key, item in value.items()}
+        def steps(value: Any) -> Any:
             if isinstance(value, tuple | list):
                 return [steps(item) for item in value]
             if isinstance(value, str) and (match := _EPOCHS.fullmatch(value)):
-                return max(1, -int(-float(match[1]) * samples // self.train.global_batch))
+                return ceil(Fraction(match[1]) * samples / self.train.global_batch)
             return value
 
         values = self.model_dump()
-        return Config.model_validate(values | {name: steps(values[name]) for name in ("train", "run")})
+        for section, key in _LENGTHS:
+            values[section][key] = steps(values[section][key])
+        return Config.model_validate(values)
 
-    def to_yaml(self) -> str:
-        """Every key with its value, as YAML that `configfile.parse` reads back to an equal Config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+_LENGTHS = [("train", "steps"), ("train", "lr_stages"), ("train", "warmup_steps")]
+_LENGTHS += [("run", key) for key in RunSection.model_fields if key.endswith("_every")]
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

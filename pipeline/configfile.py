@@ -50,29 +50,39 @@ def parse(text: str, name: str = "configuration") -> Config:
     return load(name, (), lambda _: text)
 
 
+def dump(config: Config) -> str:
+    """Every key with its value, as YAML that `parse` reads back to an equal Config."""
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: `2e-4` is one, where YAML 1.1 wants a dot and reads text."""
+    """YAML 1.2 numbers: `2e-4` is one, `024` is 24; PyYAML's 1.1 reads text and an octal number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own attribute
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("float", "int")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that `_Loader` would take for a number."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+_FLOAT = r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?$|[-+]?\.(?i:inf)$|\.(?i:nan)$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d[\d_]*$"), list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 _Places = dict[tuple[str, ...], str]
+_MOST_PARENTS = 8
 
 
 def _read_file(name: str, read: Callable[[str], str], children: tuple[str, ...]) -> tuple[dict[str, Any], _Places]:
     """Values of a YAML file laid over its parent's, and for each key where it was written."""
-    if name in children:
+    if len(children) > _MOST_PARENTS:
         raise ConfigError(f"{name}: base: leads back to itself")
     places: _Places = {}
     try:
@@ -85,10 +95,10 @@ def _read_file(name: str, read: Callable[[str], str], children: tuple[str, ...])
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: a configuration is a mapping of sections, such as `train: {{steps: 1000}}`")
     base = values.pop("base", None)
+    values = {section: {} if own is None else own for section, own in values.items()}
     if base is not None:
-        parent, parent_places = _read_file(
-            name.rpartition("/")[0] + "/" * ("/" in name) + str(base), read, (*children, name)
-        )
+        folder = "" if "://" in str(base) or str(base).startswith("/") else name[: name.rfind("/") + 1]
+        parent, parent_places = _read_file(f"{folder}{base}", read, (*children, name))
         values = parent | {
             section: parent[section] | own if isinstance(own, dict) and isinstance(parent.get(section), dict) else own
             for section, own in values.items()
@@ -112,22 +122,25 @@ def _record_places(node: yaml.Node | None, path: tuple[str, ...], name: str, pla
 
 def _validated(values: dict[str, Any], places: _Places, name: str) -> Config:
     try:
-        return Config.model_validate({key: {} if value is None else value for key, value in values.items()})
+        return Config.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(problem, places, name) for problem in error.errors())
+        complaints: dict[tuple[str, ...], list[Any]] = {}
+        for problem in error.errors():  # a key of several types has a problem with each
+            complaints.setdefault(tuple(str(part) for part in problem["loc"][:2]), []).append(problem)
+        lines = [line for key, problems in complaints.items() for line in _explain(key, problems, places, name)]
         raise ConfigError("\n".join(lines)) from error
 
 
-def _explain(problem: Any, places: _Places, name: str) -> str:
-    path = tuple(str(part) for part in problem["loc"])
-    key = path[:2]
+def _explain(key: tuple[str, ...], problems: list[Any], places: _Places, name: str) -> list[str]:
     place = places.get(key) or places.get(key[:1]) or name
-    if problem["type"] == "extra_forbidden":
+    if problems[0]["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key[-1], _known_keys(key[:-1]), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_known_keys(key[:-1]))}"
-        return f"{place}: {'.'.join(key)}: unknown key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {'.'.join(key)}: {message} (got {problem['input']!r})" if path else f"{place}: {message}"
+        return [f"{place}: {'.'.join(key)}: unknown key; {hint}"]
+    messages = list(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in problems))
+    if not key:  # of the configuration as a whole: one line for each contradiction
+        return [f"{place}: {line}" for message in messages for line in message.splitlines()]
+    return [f"{place}: {'.'.join(key)}: {'; or '.join(messages)} (got {problems[0]['input']!r})"]
 
 
 def _known_keys(section: tuple[str, ...]) -> list[str]:

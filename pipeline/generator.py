@@ -5,6 +5,7 @@ A seed fixes a picture: its start and the noise of every step are keyed by it, w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -172,7 +173,9 @@ def _read(source: str, *, ema: bool) -> tuple[Config, dict[str, Tensor], str]:
     )
     if folder:
         return _read_diffusers(source, folder)
-    checkpoint = checkpoints.find(source)
+    checkpoint, rejected = checkpoints.find(source)
+    for line in rejected:
+        sys.stderr.write(f"warning: {source}: {line}\n")
     config = configfile.parse(checkpoint.state()["config"], f"{checkpoint.path}/state.json")
     return config, checkpoint.tensors("ema" if ema else "model"), checkpoint.manifest_sha256
 

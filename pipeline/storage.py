@@ -11,9 +11,10 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -140,8 +141,10 @@ def publishing(url: str) -> Iterator[BinaryIO]:
     """
     if is_remote(url):
         fs, path = _filesystem(url)
-        with fs.transaction, fs.open(path, "wb") as file:  # leaving by an exception discards the upload
-            yield cast(BinaryIO, file)
+        with tempfile.NamedTemporaryFile() as staged:
+            yield cast(BinaryIO, staged)
+            staged.flush()
+            fs.put_file(staged.name, path)  # one upload, which exists once it is complete
         return
     final = local(url)
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -174,22 +177,18 @@ def remove(url: str) -> None:
     """Delete a file or a whole tree; nothing happens if it is not there."""
     if is_remote(url):
         fs, path = _filesystem(url)
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
-    elif local(url).is_dir():
-        shutil.rmtree(local(url))
-    else:
-        local(url).unlink(missing_ok=True)
-
-
-def free_bytes(url: str) -> int | None:
-    """Free space where `url` would be written; None for a remote store."""
-    if is_remote(url):
-        return None
-    place = local(url).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+        for name in fs.find(path):  # name by name: fsspec's own recursive removal takes `*` and `[` for patterns
+            fs.rm_file(name)
+        if fs.isdir(path):  # stores that have directories
+            for name in sorted({path, *fs.find(path, withdirs=True)}, reverse=True):
+                with suppress(FileNotFoundError):
+                    fs.rmdir(name)
+        return
+    with _explained(url):
+        if local(url).is_dir() and not local(url).is_symlink():
+            shutil.rmtree(local(url))
+        else:
+            local(url).unlink(missing_ok=True)
 
 
 def sync_dir(directory: str) -> None:
@@ -208,17 +207,15 @@ def _explained(url: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = {
-            errno.ENOSPC: f"no space left ({_gib(free_bytes(url))} free): free some, then run the same command again",
+            errno.ENOSPC: "no space left: free some, then run the same command again",
             errno.EDQUOT: "disk quota exceeded: free some space, then run the same command again",
             errno.EROFS: "the file system is read-only: choose another place",
             errno.EACCES: "permission denied: choose another place or change its permissions",
             errno.ENOTDIR: "a part of this path is a file: choose another place",
+            errno.EISDIR: "a directory of this name is in the way: choose another place",
+            errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
             errno.EEXIST: "a file of this name is in the way: choose another place",
         }.get(error.errno or 0)
         if reason is None:
             raise
         raise DataError(f"cannot write {url}: {reason}") from error
-
-
-def _gib(count: int | None) -> str:
-    return "?" if count is None else f"{count / 2**30:.1f} GiB"

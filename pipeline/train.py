@@ -189,7 +189,7 @@ def _save(trainer: Trainer, position: Position, around: _Surroundings, *, must: 
         state = {
             "step": position.step,
             "position": asdict(position),
-            "config": config.to_yaml(),
+            "config": configfile.dump(config),
             "data_sha256": around.shards.sha256,
             "data_samples": around.shards.samples,
             "world_size": ranks.size,
@@ -268,7 +268,7 @@ def _open_run(
             checkpoints.keep(found)  # a finished model is never lost to the retention of the run that goes on
             storage.remove(done_file)
     if not found or config.train.steps > found.step:
-        storage.write_bytes(config_file, config.to_yaml().encode())
+        storage.write_bytes(config_file, configfile.dump(config).encode())
         if config.train.warmup_steps >= config.train.steps:
             _say(ranks, f"warning: train.warmup_steps {config.train.warmup_steps} is no shorter than the run "
                         f"({config.train.steps} steps): the full learning rate is never reached")  # fmt: skip

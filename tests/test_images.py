@@ -149,6 +149,11 @@ def transparent(mode: str) -> bytes:
         return png(
             values.astype(">u2").tobytes(), 8, 4, depth=16, colour=0, chunks=[(b"tRNS", struct.pack(">H", 40000))]
         )
+    if mode == "RGB;16":
+        values = np.zeros((4, 8, 3), np.uint16)
+        values[:, :4, 0], values[:, 4:, 1] = 65535, 40000
+        key = struct.pack(">HHH", 0, 40000, 0)
+        return png(values.astype(">u2").tobytes(), 8, 4, depth=16, colour=2, chunks=[(b"tRNS", key)])
     image = Image.new(mode, (8, 4), (255, 0, 0, 255) if mode == "RGBA" else (76, 255))
     image.paste((0, 255, 0, 0) if mode == "RGBA" else (200, 0), (4, 0, 8, 4))
     return file(image)
@@ -165,12 +170,12 @@ def png(rows: bytes, w: int, h: int, *, depth: int, colour: int, chunks=()) -> b
     return b"\x89PNG\r\n\x1a\n" + b"".join(body) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "RGB;16"])
 def test_transparency_shows_the_background_and_never_the_hidden_colour(mode):
     array = to_picture(transparent(mode), size=(4, 8), background=(0, 0, 255)).array
     np.testing.assert_array_equal(array[:, 4:], np.broadcast_to([0, 0, 255], (4, 4, 3)))
     np.testing.assert_array_equal(
-        array[:, :4], np.broadcast_to([255, 0, 0] if mode in "RGBA P" else [76] * 3, (4, 4, 3))
+        array[:, :4], np.broadcast_to([255, 0, 0] if mode in ("RGBA", "P", "RGB", "RGB;16") else [76] * 3, (4, 4, 3))
     )
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,21 @@ def test_a_set_goes_on_where_it_stopped(tmp_path: Path, stopped_after: int) -> N
         assert (tmp_path / "b" / "set" / path.name).read_bytes() == path.read_bytes()
     extra = set(os.listdir(tmp_path / "b" / "set")) - set(os.listdir(tmp_path / "a" / "set"))
     assert not extra or stopped_after == 3  # a finished set is not touched
+
+
+def test_a_shard_can_be_left_before_any_input(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "in", NAMES)
+    for leave_at in range(1, 5):
+        calls = iter(range(1, 5))
+
+        def go_on(calls: Iterator[int] = calls, leave_at: int = leave_at) -> None:
+            if next(calls) == leave_at:
+                raise SystemExit
+
+        task = ImageSet(str(tmp_path / "set"), settings(), [source], list_inputs([source])).missing()[0]
+        with pytest.raises(SystemExit):
+            make_shard(Reader([source]), task, go_on)
+        assert os.listdir(tmp_path / "set") == []
 
 
 def test_a_finished_set_is_left_alone_and_a_damaged_one_is_mended(tmp_path: Path) -> None:

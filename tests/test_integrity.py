@@ -107,6 +107,7 @@ def test_shards_swapped_with_all_their_papers_are_found(tmp_path: Path) -> None:
     ShardSet.open(str(tmp_path))
     findings = verify(str(tmp_path))  # only the keys tell now
     assert "set-000001.tar: sample 000000006: its key is outside this shard's range, 3 to 6" in findings
+    assert "set-000002.tar: sample 000000003: its key is outside this shard's range, 6 to 9" in findings
 
 
 def odd(position: int, **changes: object) -> Sample:

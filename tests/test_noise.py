@@ -129,7 +129,7 @@ def test_normals_are_standard_normal() -> None:
 
 
 def test_normals_are_box_muller_to_the_last_bit_of_float32() -> None:
-    """Radius and angle from pairs of words, each word the middle of its 2**-32; so devices differ by a rounding at most."""
+    """Radius and angle from pairs of words, each the middle of its 2**-32: devices differ by a rounding at most."""
     ids, count = [0, 3, 2**33 + 1], 4096
     got = normals(9, torch.tensor(ids), Use.NOISE, (count,), 2)
     for row, id in zip(got, ids):

@@ -163,10 +163,11 @@ def test_a_tar_cut_or_damaged_anywhere_is_refused(tmp_path, ending):
     def refused(data: bytes) -> bool:
         target.write_bytes(data if ending == ".tar" else gzip.compress(data))
         try:
-            return len(list_inputs([str(target)]).inputs) != 3
+            list_inputs([str(target)])
         except DataError as error:
             assert str(target) in str(error)
             return True
+        return False
 
     assert not refused(sound)
     for cut in range(0, end + 1, 512):

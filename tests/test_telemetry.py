@@ -74,7 +74,6 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path: Path, tail: str) -> None:
     assert logged(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
-@pytest.mark.xfail(reason="bug: a last line that lacks only its newline is continued by the next start", strict=True)
 def test_a_line_cut_before_its_newline_stays_a_line(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "time": 1.0, "train/loss": 1}')
     start(tmp_path, 1, 2, 0.0)

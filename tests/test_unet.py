@@ -144,8 +144,8 @@ def test_downsampling_looks_right_and_down_only():
     layer = Downsample(1)
     nn.init.ones_(layer.conv.weight)
     picture = torch.zeros(1, 1, 4, 4)
-    picture[0, 0, 3, 3] = picture[0, 0, 0, 0] = 1.0
-    torch.testing.assert_close(layer(picture)[0, 0], torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    picture[0, 0, 0, 0] = picture[0, 0, 2, 2] = 1.0
+    torch.testing.assert_close(layer(picture)[0, 0], torch.tensor([[2.0, 1.0], [1.0, 1.0]]))
 
 
 def with_policy(policy, **options):
@@ -223,12 +223,17 @@ def test_bf16_autocast_keeps_the_output_the_embedding_and_the_statistics_in_floa
     assert 0 < (output - exact).abs().max() < 0.1 * exact.std()
 
 
-def test_statistics_of_16_bit_features_are_taken_in_float32():
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])  # autocast lists differ: CUDA's would make the result float32
+def test_statistics_of_16_bit_features_are_taken_in_float32(device):
     # Sums of 4096 values near 100 would lose the deviation altogether in bfloat16.
     x = (100 + torch.randn(1, 8, 32, 64, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
-    norm = GroupNorm(2, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = norm(x)
+    with torch.autocast(device, torch.bfloat16):
+        got = GroupNorm(2, 8).to(device)(x.to(device)).cpu()
     groups = x.double().reshape(1, 2, -1)
     expected = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
     assert got.dtype == torch.bfloat16

@@ -7,6 +7,7 @@ commit: it says which seeds are there and how they were drawn. In tars, a comple
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from pipeline.errors import ConfigError
 
 Picture = NDArray[np.uint8]
 Format = Literal["tar", "png", "npz"]
+_RECORD = re.compile(r"shard_(\d{6,})\.json")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class SampleSet:
     """Where they were drawn: written down, not compared."""
 
     def check(self) -> None:
-        """Refuse a place that holds something else.
+        """Refuse a place that holds something else, or samples drawn in another way.
 
         Raises:
             ConfigError: naming it.
@@ -102,7 +104,8 @@ class SampleSet:
             drawn = list(pictures)
             seeds = [seed for seed, _ in drawn]
             buffer = io.BytesIO()
-            np.savez(buffer, seeds=np.array(seeds), images=np.stack([picture for _, picture in drawn]))
+            named: dict[str, Any] = {"labels": np.array([labels[seed] for seed in seeds])} if labels else {}
+            np.savez(buffer, seeds=np.array(seeds), images=np.stack([picture for _, picture in drawn]), **named)
             storage.write_bytes(storage.join(self.url, f"{stem(i)}.npz"), buffer.getvalue())
         storage.write_json(storage.join(self.url, f"{stem(i)}.json"), record())
 
@@ -115,15 +118,17 @@ class SampleSet:
         if not all(self.there(i).issuperset(asked) for i, asked in self.shards(seeds)):
             return False
         if self.format == "tar":
-            stems = [name.removesuffix(".json") for name in storage.listdir(self.url)
-                     if name.startswith("shard_") and name.endswith(".json")]  # fmt: skip
-            records = [record for name in stems if (record := shardset.read_record(self.url, name))]
+            records = [record for i in self._numbers() if (record := shardset.read_record(self.url, stem(i)))]
             shardset.write_index(
                 self.url, records, size=size, channels=channels, classes=[str(i) for i in range(classes)] or None,
                 source=f"checkpoint {self.provenance['checkpoint_sha256']}", settings=self.provenance,
                 counts={"taken": sum(record.samples for record in records)},
             )  # fmt: skip
         return True
+
+    def _numbers(self) -> list[int]:
+        """Of the shards that have a record, ascending."""
+        return sorted(int(match[1]) for name in storage.listdir(self.url) if (match := _RECORD.fullmatch(name)))
 
     def _record(self, i: int) -> dict[str, Any] | None:
         path = storage.join(self.url, f"{stem(i)}.json")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import ModelSection
+from pipeline.config import DiffusionSection, ModelSection
 from pipeline.errors import ConfigError, DataError
 
 # Parts of a parameter's name, ours and theirs; each occurs in one place of a name only.
@@ -190,3 +190,22 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
         learned_variance=out_channels == 2 * channels,
     )
     return section, channels, (height, width)
+
+
+def diffusion_from_diffusers(scheduler: Mapping[str, Any]) -> DiffusionSection:
+    """The diffusion that a `scheduler_config.json` describes; an empty one stands for that of Ho et al. 2020.
+
+    Raises:
+        ConfigError: its betas are not ours.
+    """
+    timesteps = int(scheduler.get("num_train_timesteps", 1000))
+    schedule = {"linear": "linear", "squaredcos_cap_v2": "cosine"}.get(scheduler.get("beta_schedule", "linear"))
+    ends = (scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
+    if schedule is None or (schedule == "linear" and ends != (0.1 / timesteps, 20 / timesteps)):
+        raise ConfigError(
+            f"beta_schedule {scheduler.get('beta_schedule')!r} from {ends[0]} to {ends[1]} over {timesteps} timesteps "
+            "cannot be expressed here: take a model of linear betas (1e-4 to 0.02 at 1000 timesteps) or cosine ones"
+        )
+    return DiffusionSection(
+        timesteps=timesteps, schedule=schedule, prediction_type=scheduler.get("prediction_type", "epsilon")
+    )

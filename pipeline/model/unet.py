@@ -290,7 +290,7 @@ class UNet(nn.Module):
         return F.silu(embedding)
 
     def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and isinstance(module, _CHECKPOINTED[self.checkpointing]):
+        if isinstance(module, _CHECKPOINTED[self.checkpointing]):
             # Non-reentrant: it restores the random state for dropout, and DDP and torch.compile understand it.
             recomputed: Tensor = checkpoint(module, *inputs, use_reentrant=False)
             return recomputed

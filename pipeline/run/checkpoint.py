@@ -97,8 +97,8 @@ def newest(run_dir: str) -> tuple[Checkpoint | None, list[str]]:
     )
 
 
-def find(source: str) -> Checkpoint:
-    """The newest valid checkpoint of a run, or the checkpoint itself if `source` is one.
+def find(source: str) -> tuple[Checkpoint, list[str]]:
+    """The newest valid checkpoint of a run, or the one that `source` is, and why newer ones were rejected.
 
     Raises:
         ConfigError: there is nothing of that name.
@@ -108,13 +108,13 @@ def find(source: str) -> Checkpoint:
         raise ConfigError(f"{source}: no such run or checkpoint")
     if storage.exists(storage.join(source, _MANIFEST)):
         try:
-            return _validated(source)
+            return _validated(source), []
         except _InvalidError as reason:
             raise NoCheckpoint(f"{source}: {reason}: take another checkpoint of the run") from None
-    checkpoint, _ = newest(source)
+    checkpoint, rejected = newest(source)
     if checkpoint is None:
         raise NoCheckpoint(f"{source}: holds no checkpoint yet: train first, or give another run")
-    return checkpoint
+    return checkpoint, rejected
 
 
 def keep(checkpoint: Checkpoint) -> None:
@@ -125,26 +125,34 @@ def keep(checkpoint: Checkpoint) -> None:
 def retain(run_dir: str, keep_last: int, keep_every: int) -> None:
     """Remove all but the newest `keep_last` checkpoints, milestones at multiples of `keep_every`, and kept ones.
 
-    Only committed checkpoints count, so the remains of failed saves never push a good one out.
+    Only valid checkpoints count, so damaged ones and the remains of failed saves never push a good one out.
     """
-    root = storage.join(run_dir, "checkpoints")
-    committed = [name for name in _names(run_dir) if storage.exists(storage.join(root, name, _MANIFEST))]
-    for name in committed[:-keep_last]:
-        milestone = keep_every and _step(name) % keep_every == 0
-        if not milestone and not storage.exists(storage.join(root, name, _KEEP)):
-            storage.remove(storage.join(root, name, _MANIFEST))  # first, so that a kill in between leaves no half one
-            storage.remove(storage.join(root, name))
+    root, valid = storage.join(run_dir, "checkpoints"), 0
+    for name in reversed(_names(run_dir)):
+        path = storage.join(root, name)
+        committed = storage.exists(storage.join(path, _MANIFEST))
+        milestone = keep_every > 0 and _step(name) % keep_every == 0
+        if valid < keep_last:
+            valid += _reason_against(path) is None
+        elif not committed or not (milestone or storage.exists(storage.join(path, _KEEP))):
+            storage.remove(storage.join(path, _MANIFEST))  # first, so that a kill in between leaves no half one
+            storage.remove(path)
 
 
 def verify(run_dir: str) -> list[str]:
     """What is wrong with each checkpoint of a run, one line each; [] if all is sound."""
-    findings = []
-    for name in _names(run_dir):
-        try:
-            _validated(storage.join(run_dir, "checkpoints", name))
-        except _InvalidError as reason:
-            findings.append(f"{name}: {reason}")
-    return findings
+    root = storage.join(run_dir, "checkpoints")
+    committed = [name for name in _names(run_dir) if storage.exists(storage.join(root, name, _MANIFEST))]
+    reasons = ((name, _reason_against(storage.join(root, name))) for name in committed)
+    return [f"{name}: {reason}" for name, reason in reasons if reason]
+
+
+def _reason_against(path: str) -> str | None:
+    try:
+        _validated(path)
+    except _InvalidError as reason:
+        return str(reason)
+    return None
 
 
 class _InvalidError(Exception):
@@ -159,20 +167,24 @@ def _validated(path: str) -> Checkpoint:
         raise _InvalidError(f"no {_MANIFEST}") from None
     try:
         manifest = json.loads(data)
-        version, step, files = manifest["version"], int(manifest["step"]), dict(manifest["files"])
-    except (ValueError, KeyError, TypeError):
+        version, step = int(manifest["version"]), int(manifest["step"])
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise _InvalidError(f"{_MANIFEST} is damaged") from None
     if version > VERSION:
         raise ConfigError(
             f"{path}: written in format {version}, this version reads up to {VERSION}: upgrade ddpm-pipeline"
         )
-    for name, entry in files.items():
+    named = _NAME.fullmatch(path.rstrip("/").rpartition("/")[2])
+    if (named and int(named[1]) != step) or not {"state.json", "model.safetensors"} <= files.keys():
+        raise _InvalidError(f"{_MANIFEST} is damaged")
+    for name, (promised, digest) in files.items():
         file = storage.join(path, name)
         if not storage.exists(file):
             raise _InvalidError(f"{name} is missing")
-        if storage.size(file) != entry["bytes"]:
-            raise _InvalidError(f"{name} has {storage.size(file)} bytes instead of {entry['bytes']}")
-        if sha256(file) != entry["sha256"]:
+        if storage.size(file) != promised:
+            raise _InvalidError(f"{name} has {storage.size(file)} bytes instead of {promised}")
+        if sha256(file) != digest:
             raise _InvalidError(f"{name} does not match its sha256")
     return Checkpoint(path, step, hashlib.sha256(data).hexdigest())
 

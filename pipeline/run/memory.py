@@ -44,10 +44,11 @@ def what_fits(
             try:
                 attempt(policy, size)
             except torch.OutOfMemoryError:
-                gc.collect()
-                torch.cuda.empty_cache()
-                continue
-            return policy, size
+                pass  # the error holds the tensors that did not fit until it is left
+            else:
+                return policy, size
+            gc.collect()
+            torch.cuda.empty_cache()
     raise ConfigError(
         f"not even micro-batch {sizes[-1]} with checkpointing {policies[-1]} fits this device: "
         "take train.checkpointing=auto, a smaller model or smaller pictures"

@@ -58,7 +58,6 @@ class Telemetry:
     def _forget_after(self, step: int) -> None:
         if not storage.exists(self._log_path):
             return
-        lines = storage.read_bytes(self._log_path).decode().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        if len(kept) < len(lines):
-            storage.write_bytes(self._log_path, "".join(line + "\n" for line in kept).encode())
+        text = storage.read_bytes(self._log_path).decode()
+        kept = [line for line in text.splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        storage.write_bytes(self._log_path, "".join(line + "\n" for line in kept).encode())

@@ -60,7 +60,7 @@ def test_it_loads_and_its_lengths_resolve(path: Path) -> None:
     config = _load(path)
     resolved = config.in_steps(50_000)
     assert resolved.in_steps(1) == resolved
-    assert configfile.parse(resolved.to_yaml()) == resolved
+    assert configfile.parse(configfile.dump(resolved)) == resolved
 
 
 @every

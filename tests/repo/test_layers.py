@@ -1,6 +1,6 @@
 """The shape of the house, read from the imports of every module: what may know what, and where disks are touched.
 
-    cli → jobs → joints → rooms → config, noise, storage, errors
+    cli → jobs → joints → rooms → config(file), noise, storage, errors
 
 Imports point downward only. Jobs are the front doors; joints bring rooms together for them; rooms do not know each
 other. A module that is not listed here is a room's if it lies in a folder, and must be added here if it does not.
@@ -26,6 +26,7 @@ JOINTS = {"pipeline.trainer", "pipeline.generator"}
 ROOMS = {"data", "diffusion", "model", "run", "score"}
 BOTTOM = {
     "pipeline.config": {"pipeline.errors"},
+    "pipeline.configfile": {"pipeline.config", "pipeline.errors"},
     "pipeline.storage": {"pipeline.errors"},
     "pipeline.noise": set(),
     "pipeline.errors": set(),
@@ -33,6 +34,7 @@ BOTTOM = {
 JOINT_MAY_USE = {"pipeline.trainer": {"pipeline.generator"}}
 PURE = {
     "pipeline.config",
+    "pipeline.configfile",
     "pipeline.noise",
     "pipeline.errors",
     "pipeline.data.order",

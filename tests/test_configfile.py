@@ -1,0 +1,179 @@
+"""Configuration files: what a user writes is what is meant, and a mistake is told with its place and its cure."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import configfile
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+
+def load(text: str, *overrides: str, **parents: str) -> Config:
+    files = {"c.yaml": text} | {f"{name}.yaml": parent for name, parent in parents.items()}
+    return configfile.load("c.yaml", overrides, files.__getitem__)
+
+
+def complaints(text: str, *overrides: str, **parents: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(text, *overrides, **parents)
+    return str(caught.value).splitlines()
+
+
+# --- values as written ---
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("2e-4", 2e-4),
+        ("1e-3", 1e-3),
+        ("1E-3", 1e-3),
+        ("+1e-3", 1e-3),
+        ("1.5e-4", 1.5e-4),
+        ("2_0e-5", 2e-4),
+        ("1", 1.0),
+        (".5", 0.5),
+    ],
+)
+def test_scientific_notation_is_a_number(text: str, rate: float) -> None:
+    assert load(f"train: {{lr: {text}}}").train.lr == rate
+    assert load("", f"train.lr={text}").train.lr == rate
+    assert load(f"train: {{lr_stages: [[10, {text}]]}}").train.lr_stages == ((10, rate),)
+
+
+def test_a_whole_number_may_be_written_with_an_exponent() -> None:
+    assert load("train: {steps: 3e5}").train.steps == 300_000
+
+
+def test_words_that_only_look_like_numbers_stay_words() -> None:
+    assert load("run: {dir: 1e-3-run}").run.dir == "1e-3-run"
+    assert load("run: {dir: e5}").run.dir == "e5"
+    assert load('run: {dir: "1e5"}').run.dir == "1e5"
+
+
+def test_thousands_may_be_grouped() -> None:
+    assert load("train: {steps: 300_000}").train.steps == 300_000
+
+
+def test_nothing_written_is_the_paper() -> None:
+    config = load("")
+    assert config == Config()
+    assert (config.train.lr, config.train.global_batch, config.train.ema_decay) == (2e-4, 128, 0.9999)
+    assert config.model.channel_mults == (1, 2, 2, 2)
+    assert load("train:\n") == config  # an empty section
+
+
+def test_integers_are_decimal() -> None:
+    assert load("data: {size: 024}").data.size == 24
+    assert complaints("train: {steps: 1:30}")
+
+
+# --- precedence ---
+
+
+def test_command_line_beats_file_beats_parent_beats_default() -> None:
+    parent = "train: {steps: 1, global_batch: 4, lr: 0.1}\nrun: {dir: parent}"
+    config = load("base: p.yaml\ntrain: {steps: 2, global_batch: 8}", "train.steps=3", p=parent)
+    assert (config.train.steps, config.train.global_batch, config.train.lr) == (3, 8, 0.1)
+    assert (config.run.dir, config.train.seed) == ("parent", 0)
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert load("", "train.seed=1", "train.seed=2").train.seed == 2
+
+
+def test_a_parent_is_found_beside_its_child_and_may_have_a_parent() -> None:
+    files = {
+        "configs/c.yaml": "base: b.yaml",
+        "configs/b.yaml": "base: ../a.yaml\ntrain: {seed: 1}",
+        "configs/../a.yaml": "train: {seed: 0, steps: 9}",
+    }
+    config = configfile.load("configs/c.yaml", (), files.__getitem__)
+    assert (config.train.seed, config.train.steps) == (1, 9)
+
+
+def test_values_are_replaced_whole_and_sections_key_by_key() -> None:
+    config = load("base: p.yaml\nmodel: {channel_mults: [1, 2]}", p="model: {channel_mults: [1, 1, 1], dropout: 0}")
+    assert (config.model.channel_mults, config.model.dropout) == ((1, 2), 0)
+
+
+def test_an_empty_section_leaves_the_parents() -> None:
+    assert load("base: p.yaml\ntrain:\n", p="train: {steps: 7}").train.steps == 7
+
+
+def test_a_circle_of_parents_is_refused() -> None:
+    assert complaints("base: p.yaml", p="base: c.yaml")[0].endswith("base: leads back to itself")
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train:\n  seed: 5\n  globl_batch: 4\n", "c.yaml:3: train.globl_batch: unknown key; did you mean global"),
+        ("\nmodle: {dropout: 0}\n", "c.yaml:2: modle: unknown key; did you mean model?"),
+        ("run: {zzz: 1}\n", "c.yaml:1: run.zzz: unknown key; known here: dir, "),
+        ("train:\n  lr: fast\n", "c.yaml:2: train.lr: Input should be a valid number"),
+        ("train:\n  lr: 0\n", "c.yaml:2: train.lr: Input should be greater than 0 (got 0)"),
+        ("train:\n  lr:\n", "c.yaml:2: train.lr: Input should be a valid number (got None)"),
+        ("train:\n  steps: 50 ep\n", "c.yaml:2: train.steps: a length is a number of steps, or of epochs as in 50ep"),
+        ("run: {timeout: 10 minutes}", "c.yaml:1: run.timeout: a duration is a number of seconds, or as in 90s"),
+        ("train: {precision: fp16}", "c.yaml:1: train.precision: Input should be 'bf16' or 'fp32' (got 'fp16')"),
+        ("data: {channels: 2}", "c.yaml:1: data.channels: Input should be 3 or 1 (got 2)"),
+        ("model: {dropout: 1}", "c.yaml:1: model.dropout: Input should be less than 1 (got 1)"),
+        ("train:\n  seed: 1\n  seed: 2\n", "c.yaml:3: train.seed: given twice, first at c.yaml:2"),
+        ("train: {seed: 1}\nrun: {}\ntrain: {seed: 2}\n", "c.yaml:3: train: given twice, first at c.yaml:1"),
+        ("train: 7\n", "c.yaml:1: train: Input should be a valid dictionary"),
+        ("- train\n", "c.yaml: a configuration is a mapping of sections"),
+        ("train:\n\tlr: 1\n", "c.yaml: not YAML: "),
+        ("train: [\n", "c.yaml: not YAML: "),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_place_and_cure(text: str, line: str) -> None:
+    (complaint,) = complaints(text)
+    assert complaint.startswith(line)
+
+
+def test_all_mistakes_are_told_at_once_each_on_its_line() -> None:
+    text = "train:\n  lr: fast\n  globl_batch: 4\nmodle: {}\nrun:\n  dir: [1]\n"
+    assert sorted(line.split(": ")[:2] for line in complaints(text, "sample.eta=2")) == [
+        ["c.yaml:2", "train.lr"],
+        ["c.yaml:3", "train.globl_batch"],
+        ["c.yaml:4", "modle"],
+        ["c.yaml:6", "run.dir"],
+        ["command line", "sample.eta"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["train: {steps: -5}", "train: {micro_batch: many}", "data: {size: [32, x]}", "train: {lr_stages: [[0, 1]]}"],
+)
+def test_one_mistake_is_one_line_whatever_types_a_key_may_have(text: str) -> None:
+    assert len(complaints(text)) == 1
+
+
+def test_a_mistake_in_the_parent_is_told_with_the_parents_name() -> None:
+    assert complaints("base: p.yaml\ntrain: {seed: 1}", p="train:\n  lr: x")[0].startswith("p.yaml:2: train.lr: ")
+    assert complaints("base: p.yaml\n\ntrain: {lr: x}", p="train: {lr: 1}")[0].startswith("c.yaml:3: train.lr: ")
+
+
+@pytest.mark.parametrize("override", ["lr=3", "train.lr", "train=3", "=3", "train.=3"])
+def test_an_override_that_is_none_is_shown_how(override: str) -> None:
+    assert complaints("", override) == [
+        f"{override!r} is not a setting: write section.key=value, such as train.lr=1e-4"
+    ]
+
+
+def test_mistakes_on_the_command_line_say_so() -> None:
+    assert complaints("", "train.lrr=3") == ["command line: train.lrr: unknown key; did you mean lr?"]
+    assert complaints("", "trian.lr=3") == ["command line: trian: unknown key; did you mean train?"]
+    assert complaints("train: {lr: 1}", "train.lr=x")[0].startswith("command line: train.lr: ")
+    assert complaints("", "train.lr=[1")[0].startswith("'train.lr=[1': the value is not YAML: ")
+
+
+def test_nothing_in_a_configuration_is_executed() -> None:
+    assert complaints("train: {lr: !!python/object/apply:os.getpid []}")[0].startswith("c.yaml: not YAML: ")
+    assert complaints("", "train.lr=!!python/name:os.getpid")[0].startswith("'train.lr=")
