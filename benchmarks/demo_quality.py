@@ -35,7 +35,9 @@ def read(directory: Path, label: str) -> tuple[np.ndarray, np.ndarray]:
                 key, _, kind = member.name.partition(".")
                 data = tar.extractfile(member).read()
                 if kind == "png":
-                    pictures[key] = np.asarray(Image.open(io.BytesIO(data)).resize((8, 8), Image.Resampling.BOX)) / 255 * 16
+                    pictures[key] = (
+                        np.asarray(Image.open(io.BytesIO(data)).resize((8, 8), Image.Resampling.BOX)) / 255 * 16
+                    )
                 elif kind == "json" and label == "meta":
                     labels[key] = json.loads(data)["label"]
                 elif kind == "cls" and label == "cls":
@@ -59,9 +61,16 @@ def main(run: str = "runs/demo", shards: str = "shards/digits") -> int:
     right = float((named == asked).mean())
     distance = np.sqrt(((drawn[:, None] - real[None]) ** 2).sum(-1)).min(1)
     print(f"real digits named right (10-fold)   {on_real:.1%}")
-    print(f"samples named as asked for          {right:.1%} of {len(drawn)}, seeds 0-{SAMPLES - 1}, {result['seconds']} s")
-    print("by digit                            " + " ".join(f"{d}:{(named == asked)[asked == d].mean():.0%}" for d in range(10)))
-    print(f"samples that copy a real digit      {(distance < 1e-6).mean():.1%}  (nearest real digit at median {np.median(distance):.1f} of 16)")
+    print(
+        f"samples named as asked for          {right:.1%} of {len(drawn)}, seeds 0-{SAMPLES - 1}, {result['seconds']} s"
+    )
+    print(
+        "by digit                            "
+        + " ".join(f"{d}:{(named == asked)[asked == d].mean():.0%}" for d in range(10))
+    )
+    print(
+        f"samples that copy a real digit      {(distance < 1e-6).mean():.1%}  (nearest real digit at median {np.median(distance):.1f} of 16)"
+    )
     return 0 if right >= REACH else 1
 
 

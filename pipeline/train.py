@@ -20,7 +20,7 @@ import torch
 
 from pipeline import configfile, storage
 from pipeline.config import Config
-from pipeline.data.batches import Batch, Batches, read_all
+from pipeline.data.batches import Batch, Batches, read_all, start_worker_server
 from pipeline.data.order import Order, check_world, default_lanes
 from pipeline.data.shardset import ShardSet
 from pipeline.errors import ConfigError, DataError, Stopped
@@ -55,6 +55,8 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
     """
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
+        if config.data.workers:
+            start_worker_server()  # it imports torch while this process joins the others and builds the network
         ranks = world.enter(config.train.device, config.run.timeout)
         stack.callback(ranks.leave)
 

@@ -74,7 +74,7 @@ def test_the_papers_cifar10_network_is_that_of_google_in_diffusers():
     assert sum(parameter.numel() for parameter in theirs.parameters()) == 35_746_307
     got, expected = outputs(ours, theirs, *inputs(section, channels, size))
     error = (got - expected).abs().max().item()
-    print(f"\n35.7 M parameters: {error:.1e} off, where the output's deviation is {expected.std():.2f}")  # noqa: T201
+    print(f"\n35.7 M parameters: {error:.1e} off, where the output's deviation is {expected.std():.2f}")
     assert expected.std() > 0.3
     assert error < 1e-5
 

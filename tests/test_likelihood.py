@@ -98,6 +98,6 @@ def test_the_best_network_tells_black_from_white_with_one_bit():
 
     small, large = bound("fixed_small"), bound("fixed_large")
     decoder = small.terms[:, 0].mean()  # the first level's noise is wider than a bin, for any network
-    print(f"\n{small.total.mean():.4f} bits/dim, {decoder:.4f} the decoder's; fixed_large {large.total.mean():.4f}")  # noqa: T201
+    print(f"\n{small.total.mean():.4f} bits/dim, {decoder:.4f} the decoder's; fixed_large {large.total.mean():.4f}")
     assert 0.98 < small.total.mean() - decoder < 1.03
     assert large.total.mean() > small.total.mean()

@@ -86,7 +86,7 @@ def test_ddpm_and_ddim_agree_with_diffusers_at_every_timestep(name, prediction_t
         ours.append(largest_error(scheduler, schedule, sampler, prediction_type, **call)[0])
     kinds = ["DDPM small", "DDPM large", "DDIM 0", "DDIM 1"]
     report = ", ".join(f"{kind} {a:.1e} ({b:.1e})" for kind, a, b in zip(kinds, ours, shipped))
-    print(f"\n{name} {prediction_type} {'clipped' if clip else 'unclipped'}: {report}; in brackets as shipped")  # noqa: T201
+    print(f"\n{name} {prediction_type} {'clipped' if clip else 'unclipped'}: {report}; in brackets as shipped")
     assert max(ours) < 1e-5
     assert max(shipped) < 2e-2
 
@@ -239,7 +239,7 @@ def test_solvers_converge_to_the_flow_of_a_gaussian_at_their_order(name, order):
         return (got - exact).abs().max().item()
 
     coarse, fine = error(50), error(100)
-    print(f"\n{name}: error {coarse:.1e} in 50 steps, {fine:.1e} in 100: order {math.log2(coarse / fine):.2f}")  # noqa: T201
+    print(f"\n{name}: error {coarse:.1e} in 50 steps, {fine:.1e} in 100: order {math.log2(coarse / fine):.2f}")
     assert fine < 2e-2
     assert math.log2(coarse / fine) > order - 0.25
 

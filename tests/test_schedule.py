@@ -144,6 +144,6 @@ def test_forward_process_agrees_with_diffusers_at_every_timestep(name):
         (s.add_noise(x0, noise, t, schedule) - theirs.add_noise(*wide, t)).abs().max().item(),
         (s.velocity(x0, noise, t, schedule) - theirs.get_velocity(*wide, t)).abs().max().item(),
     ]
-    print(f"\n{name}: forward process {errors[0]:.1e}, velocity {errors[1]:.1e}; as shipped {as_shipped:.1e}")  # noqa: T201
+    print(f"\n{name}: forward process {errors[0]:.1e}, velocity {errors[1]:.1e}; as shipped {as_shipped:.1e}")
     assert max(errors) < 1e-5
     assert as_shipped < 1e-4

@@ -186,7 +186,7 @@ def saved_bytes(policy):
 
 def test_each_checkpointing_policy_saves_more_than_the_one_before():
     held = [saved_bytes(policy) for policy in ("none", "attention", "blocks", "full")]
-    print(f"\nbytes held for the backward pass: {held}")  # noqa: T201
+    print(f"\nbytes held for the backward pass: {held}")
     assert held == sorted(held, reverse=True)
     assert len(set(held)) == 4
     assert held[2] < 0.35 * held[0]

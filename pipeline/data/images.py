@@ -224,7 +224,7 @@ def _grey_or_rgb(image: Image.Image, channels: int, transforms: list[str]) -> Im
         transforms.append(f"{image.mode}_to_{mode}")
     if image.mode in ("CMYK", "LAB") and channels == 1:
         image = image.convert("RGB")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _resize(

@@ -50,6 +50,8 @@ class SampleSet:
             raise ConfigError(
                 f"{self.url} exists and is not a sample set (it holds {strange[0]}): choose another --out"
             )
+        for i in self._numbers():
+            self._record(i)
 
     def shards(self, seeds: tuple[range, ...]) -> Iterator[tuple[int, list[int]]]:
         """(i, seeds asked for in shard i), ascending; `seeds` are sorted and do not overlap."""
