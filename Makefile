@@ -5,18 +5,23 @@ BIN    := $(VENV)/bin
 
 .PHONY: demo test lint schema bench clean
 
-demo: $(VENV)/ready
-	$(BIN)/ddpm shard shards/digits.zip --out shards/digits --size 8 --channels 1
-	$(BIN)/ddpm train --config configs/demo.yaml
-	$(BIN)/ddpm sample runs/demo --seeds 0-499 --out samples/demo --grid samples/demo.png
-	@printf '%s\n' '' \
-	  'The grid of samples   samples/demo.png' \
-	  'TensorBoard           $(BIN)/tensorboard --logdir runs/demo/tensorboard' \
-	  'The shard set         shards/digits   (format: shards/README.md)' \
-	  'With your own pictures, on one GPU or more:' \
-	  '  $(BIN)/ddpm shard PICTURES --out shards/mine --size 64' \
+demo: samples/demo.png
+	@printf '%s\n' '' 'The demo is complete.' \
+	  '  grid of samples   samples/demo.png   (all 500: samples/demo)' \
+	  '  TensorBoard       $(BIN)/tensorboard --logdir runs/demo/tensorboard' \
+	  '  shard set         shards/digits      (its format: shards/README.md)' \
+	  'Your own pictures, on all GPUs of this machine:' \
+	  '  $(BIN)/ddpm shard PICTURES --out shards/mine --size 64 --labels none' \
 	  '  $(BIN)/accelerate launch -m pipeline.train --config configs/64px.yaml data.shards=shards/mine run.dir=runs/mine' \
 	  '  $(BIN)/ddpm sample runs/mine --seeds 0-999 --out samples/mine --grid samples/mine.png'
+
+# Order-only, for what is there is done; each command goes on where an earlier start of it stopped.
+samples/demo.png: | runs/demo/DONE
+	$(BIN)/ddpm sample runs/demo --seeds 0-499 --out samples/demo --grid $@
+runs/demo/DONE: | shards/digits/index.json
+	$(BIN)/ddpm train --config configs/demo.yaml
+shards/digits/index.json: | $(VENV)/ready
+	$(BIN)/ddpm shard shards/digits.zip --out shards/digits --size 8 --channels 1
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
@@ -29,7 +34,7 @@ lint: $(VENV)/ready
 schema: $(VENV)/ready  ## after a change of pipeline/config.py
 	$(BIN)/python -c "import json, pipeline.config as c; print(json.dumps(c.Config.model_json_schema(), indent=1))" > configs/config.schema.json
 
-bench: $(VENV)/ready
+bench: samples/demo.png
 	$(BIN)/python benchmarks/demo_quality.py
 
 clean:
