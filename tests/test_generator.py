@@ -1,0 +1,102 @@
+"""Networks from runs, checkpoints and diffusers directories, and the pictures they draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
+from pipeline import configfile, generator
+from pipeline.config import SampleSection
+from pipeline.errors import ConfigError, DataError, NoCheckpoint
+from pipeline.generator import Manner
+from tests.launch import TINY, ddpm
+
+CPU = torch.device("cpu")
+UNET = {
+    "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64), "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline as diffusers saves it."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("diffusers") / "pipeline"
+    DDPMPipeline(UNet2DModel(**UNET), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "unet alone"])
+def test_a_diffusers_directory_draws_what_diffusers_draws(theirs: Path, layout: str) -> None:
+    source = theirs if layout == "pipeline" else theirs / "unet"
+    ours, _ = generator.load(str(source), CPU)
+    schedule = "squaredcos_cap_v2" if layout == "pipeline" else "linear"
+    assert ours.config.diffusion.schedule == ("cosine" if layout == "pipeline" else "linear")
+    settings = SampleSection(sampler="ddim", steps=10, spacing="leading", batch=4)
+    pictures = np.stack([picture for _, picture in ours.pictures(range(4), Manner(settings, "fp32"))])
+
+    unet = UNet2DModel.from_pretrained(theirs / "unet")
+    scheduler = DDIMScheduler(beta_schedule=schedule, clip_sample=True, set_alpha_to_one=True)
+    scheduler.set_timesteps(10)
+    x = generator.noise.normals(0, torch.arange(4), generator.Use.SAMPLE_START, (3, 8, 8))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t).sample, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
+    expected = ((x.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert np.abs(pictures.astype(float) - expected).max() <= 1
+
+
+def test_what_cannot_be_expressed_is_one_line(tmp_path: Path) -> None:
+    UNet2DModel(**(UNET | {"act_fn": "gelu"})).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="act_fn") as caught:
+        generator.load(str(tmp_path), CPU)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    UNet2DModel(**UNET).save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(DataError, match="safe_serialization=True"):
+        generator.load(str(tmp_path), CPU)
+
+
+def test_a_run_a_checkpoint_and_its_two_sets_of_weights(tiny_run: Path) -> None:
+    checkpoint = max((tiny_run / "checkpoints").glob("step_*"))
+    (run, identity), (same, again) = (generator.load(str(path), CPU) for path in (tiny_run, checkpoint))
+    last, _ = generator.load(str(tiny_run), CPU, ema=False)
+    assert identity == again
+    manner = Manner(SampleSection(sampler="ddim", steps=3, batch=4), "fp32")
+    drawn = [dict(g.pictures(range(4), manner)) for g in (run, same, last)]
+    assert all((drawn[0][seed] == drawn[1][seed]).all() for seed in range(4))
+    assert any((drawn[0][seed] != drawn[2][seed]).any() for seed in range(4))
+
+
+def test_an_empty_run_has_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(NoCheckpoint, match="no checkpoint yet"):
+        generator.load(str(tmp_path), CPU)
+
+
+def test_weights_of_another_network_are_refused_with_the_difference(tiny_run: Path) -> None:
+    config = configfile.load(TINY[1], ("model.base_channels=16",), lambda name: Path(name).read_text())
+    with pytest.raises(ConfigError, match=r"model\.base_channels: 8 there, 16 here"):
+        generator.load_weights(str(tiny_run), config)
+
+
+def test_a_run_starts_from_a_diffusers_directory(theirs: Path, digits: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "colour"
+    ddpm("shard", Path(__file__).parents[1] / "shards/digits.zip", "--out", picture, "--size", 8).check_returncode()
+    settings = ("data.channels=3", "model.base_channels=32", "model.num_classes=0", "model.head_channels=null",
+                "train.steps=1", "train.lr=1e-12", "train.warmup_steps=0")  # fmt: skip
+    result = ddpm(
+        "train", *TINY, f"data.shards={picture}", f"run.dir={tmp_path / 'run'}", f"train.init_from={theirs}", *settings
+    )
+    assert result.returncode == 0, result.stderr
+    new = load_file(tmp_path / "run/checkpoints/step_00000001/model.safetensors")
+    old = generator.load_weights(str(theirs), configfile.load(TINY[1], settings, lambda name: Path(name).read_text()))
+    assert all((new[name] - old[name]).abs().max() < 1e-9 for name in new)
