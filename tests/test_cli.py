@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -70,9 +69,14 @@ def test_the_command_is_there_and_ends_with_the_code_of_its_error() -> None:
     ],
 )
 def test_usage_mistakes_end_with_2(
-    refused: Refused, job: str, arguments: tuple[str, ...], expected: str, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
+    job: str,
+    arguments: tuple[str, ...],
+    expected: str,
+    tmp_path: Path,
 ) -> None:
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     refused(2, expected, job=job, arguments=arguments)
     assert not list(tmp_path.iterdir())
 
@@ -150,9 +154,15 @@ def test_a_directory_that_is_no_sample_set_is_left_alone(refused: Refused, tiny_
     ],
 )
 def test_impossible_samples_are_refused(
-    refused: Refused, tiny_run: Path, tmp_path: Path, flags: tuple[str, ...], code: int, expected: str
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
+    tiny_run: Path,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    code: int,
+    expected: str,
 ) -> None:
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     refused(code, expected, job="sample", arguments=(tiny_run, *flags))
     assert not list(tmp_path.iterdir())
 
@@ -186,10 +196,10 @@ def test_damaged_shards_end_with_3(refused: Refused, digits: Path, tmp_path: Pat
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """A file system of 4 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -208,7 +218,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(
 
 
 def test_a_full_disk_costs_the_save_and_not_the_run(digits: Path, small_disk: Path) -> None:
-    (small_disk / "ballast").write_bytes(bytes(900_000))
+    (small_disk / "ballast").write_bytes(bytes(3_600_000))
     arguments = (*TINY, f"data.shards={digits}", f"run.dir={small_disk / 'run'}", "train.steps=4")
     result = ddpm("train", *arguments)
     assert result.returncode == 3

@@ -86,6 +86,13 @@ def enter(device: str, timeout_s: float) -> World:
         raise ConfigError(
             "train.device=cuda, but torch sees no CUDA device here: take auto or cpu; `nvidia-smi` tells more"
         )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if launched > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {launched}, but {', '.join(missing)} are not set: start with `accelerate launch`, "
+            "or unset WORLD_SIZE for a single process"
+        )
     accelerator = Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is entered where the network is called, not patched into it
@@ -94,7 +101,6 @@ def enter(device: str, timeout_s: float) -> World:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(
             f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: launch with "
