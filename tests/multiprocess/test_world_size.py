@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from tests.launch import ENVIRONMENT, TINY, ddpm, launch
 
-SETTINGS = ("train.steps=6", "run.checkpoint_every=6", "model.dropout=0.2", "train.micro_batch=3")
+# A high rate soon takes the last convolutions away from zero, where dropout would not show in the loss.
+SETTINGS = ("train.steps=6", "run.checkpoint_every=6", "model.dropout=0.3", "train.micro_batch=3", "train.lr=1e-2",
+            "train.warmup_steps=0")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +32,16 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_losses_do_not_depend_on_the_number_of_processes(runs: dict[int, Path], processes: int) -> None:
-    # Any other order, timestep, noise, flip or dropout mask would show in the first digits.
-    assert losses(runs[processes]) == pytest.approx(losses(runs[1]), rel=1e-4)
+    # Another order, timestep, noise, flip or dropout mask shows at 1e-4 and above, rounding below 1e-6.
+    assert losses(runs[processes]) == pytest.approx(losses(runs[1]), rel=1e-5)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_weights_do_not_depend_on_the_number_of_processes(runs: dict[int, Path], processes: int) -> None:
     one, many = (load_file(runs[n] / "checkpoints/step_00000006/ema.safetensors") for n in (1, processes))
-    for name, tensor in one.items():
-        assert (tensor - many[name]).abs().max() <= 1e-4 * tensor.abs().max() + 1e-4, name  # lr · steps is 6e-3
+    # Not weight by weight: a bias in front of a normalisation has no gradient but rounding, which Adam enlarges.
+    apart = sum(float((tensor - many[name]).square().sum()) for name, tensor in one.items())
+    assert apart <= 1e-6 * sum(float(tensor.square().sum()) for tensor in one.values())
 
 
 def test_another_number_of_processes_goes_on_with_a_run(runs: dict[int, Path], digits: Path, tmp_path: Path) -> None:
@@ -46,7 +49,7 @@ def test_another_number_of_processes_goes_on_with_a_run(runs: dict[int, Path], d
     arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}", *SETTINGS)
     assert launch(2, "train", *arguments, "train.steps=3", log=log) == 0
     assert launch(1, "train", *arguments, "train.steps=6", log=log) == 0
-    assert losses(run) == pytest.approx(losses(runs[1]), rel=1e-4)
+    assert losses(run) == pytest.approx(losses(runs[1]), rel=1e-5)
 
 
 def test_a_number_of_processes_that_does_not_divide_the_lanes_is_refused(digits: Path, tmp_path: Path) -> None:
