@@ -12,6 +12,8 @@ import typer
 
 from pipeline.errors import ConfigError, DataError, PipelineError
 
+_INTERRUPTED = 130
+
 # Jobs are imported where they are called, so that `ddpm --help` does not wait for torch.
 
 app = typer.Typer(
@@ -178,18 +180,16 @@ def sample(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit code."""
     try:
-        app(arguments, prog_name="ddpm", standalone_mode=False)
+        code = app(arguments, prog_name="ddpm", standalone_mode=False)  # an exit code where the parser ends it
     except PipelineError as error:
         _leave(str(error), error.exit_code)
-    except typer.Exit as leaving:
-        sys.exit(leaving.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        _leave("interrupted", 130)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of the parser's own: a bug, so the traceback is wanted
             raise
         _leave(f"{' '.join(error.format_message().split())} `ddpm --help` and `ddpm JOB --help` list what there is.", 2)
-    sys.exit(0)
+    if code == _INTERRUPTED:
+        _leave("interrupted: finished parts stay, the same command goes on from there", _INTERRUPTED)
+    sys.exit(code or 0)
 
 
 def _leave(message: str, code: int) -> NoReturn:

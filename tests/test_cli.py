@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_help_explains_every_option(job: str) -> None:
     options = [parameter for parameter in get_command(app).commands[job].params if parameter.name != "help"]  # type: ignore[attr-defined]
     assert options
     assert all(parameter.help for parameter in options), [p.name for p in options if not p.help]
+
+
+def test_interrupted_twice_ends_with_130(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("pipeline.verify.verify", impatient)
+    refused(130, "interrupted", job="verify", arguments=("x",))
 
 
 def test_the_command_is_there_and_ends_with_the_code_of_its_error() -> None:
