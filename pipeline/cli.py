@@ -19,7 +19,7 @@ _INTERRUPTED = 130
 app = typer.Typer(
     help="DDPM at cluster scale: images → shards → run → samples.\n\nExit codes: 0 done, 2 usage or configuration, "
     "3 data refused, 4 no valid checkpoint, 75 stopped on request and resumable, 130 interrupted twice, 1 a bug.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings and errors only.")]
@@ -180,7 +180,9 @@ def sample(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit code."""
     try:
-        code = app(arguments, prog_name="ddpm", standalone_mode=False)  # an exit code where the parser ends it
+        code = app(
+            sys.argv[1:] or ["--help"] if arguments is None else arguments, prog_name="ddpm", standalone_mode=False
+        )  # an exit code where the parser ends it
     except PipelineError as error:
         _leave(str(error), error.exit_code)
     except Exception as error:
