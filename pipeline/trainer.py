@@ -6,6 +6,7 @@ data, dropout by the place of the micro-batch in the global batch. So a step doe
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -79,6 +80,8 @@ class Trainer:
     def __init__(self, config: Config, world: World, weights: dict[str, Tensor] | None = None) -> None:
         section = config.train
         torch.backends.cudnn.benchmark = not section.deterministic
+        if section.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
         torch.use_deterministic_algorithms(section.deterministic)
         torch.manual_seed(noise.mix(section.seed))
         self.config, self.world = config, world

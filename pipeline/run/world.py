@@ -63,7 +63,7 @@ class World:
         """Overwrite each tensor with rank 0's, in place; every rank passes the same shapes in the same order."""
         if self.size > 1:
             for tensor in tensors:
-                staged = tensor.to(self.device)
+                staged = tensor.to(self.device).contiguous()  # NCCL takes no channels-last tensor
                 dist.broadcast(staged, src=0)
                 tensor.copy_(staged)
 
