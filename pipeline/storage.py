@@ -43,9 +43,9 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return cast(tuple[fsspec.AbstractFileSystem, str], url_to_fs(url))
     except ImportError as error:
-        raise ConfigError(f"{url}: {error}") from error
+        raise ConfigError(f"{url}: {error}, such as with pip install 'ddpm-pipeline[s3]' (or gcs, azure)") from error
     except ValueError as error:
-        raise ConfigError(f"{url}: {error}; `ddpm doctor` lists the protocols that work here") from error
+        raise ConfigError(f"{url}: {error}: name a local path or a URL whose fsspec package is installed") from error
 
 
 def exists(url: str) -> bool:
@@ -217,5 +217,9 @@ def _explained(url: str) -> Iterator[None]:
             errno.EEXIST: "a file of this name is in the way: choose another place",
         }.get(error.errno or 0)
         if reason is None:
-            raise
+            # Errors of reading can come through here too, from whatever is being written down; those name another file.
+            place, named = local(url), Path(str(error.filename or url))
+            if named not in (place, *place.parents) and not named.name.startswith(f".{place.name}."):
+                raise
+            reason = f"{error.strerror}: choose another place"
         raise DataError(f"cannot write {url}: {reason}") from error

@@ -236,3 +236,13 @@ def test_a_full_disk_costs_the_save_and_not_the_run(digits: Path, small_disk: Pa
     assert not list(small_disk.rglob("*.tmp"))
     (small_disk / "ballast").unlink()
     assert ddpm("train", *arguments).returncode == 0
+
+
+@pytest.mark.parametrize("job", ["shard", "train", "sample"])
+def test_a_place_that_cannot_be_written_is_one_line(refused: Refused, digits: Path, tiny_run: Path, job: str) -> None:
+    arguments: dict[str, tuple[object, ...]] = {
+        "shard": (ROOT / "shards/digits.zip", "--out", "/proc/x", "--size", "8", "--quiet"),
+        "train": (*TINY, f"data.shards={digits}", "run.dir=/proc/x"),
+        "sample": (tiny_run, "--seeds", "0-3", "--out", "/proc/x"),
+    }
+    refused(3, "cannot write /proc/x/", "choose another place", job=job, arguments=arguments[job])
