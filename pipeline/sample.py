@@ -78,33 +78,35 @@ def sample(
     shown: dict[int, Any] = dict.fromkeys(first)
     _check(generator, manner, request)
     result: dict[str, Any] = {"images": total, "drawn": 0, "complete": True, "out": request.out}
-    with Interrupt() as interrupt, Progress(total, "sampling", unit="images", quiet=quiet or rank > 0) as progress:
+    target = request.out and SampleSet(
+        request.out,
+        request.format,
+        request.shard_samples,
+        _provenance(generator, identity, manner, request),
+        _environment(),
+    )
+    mine = _in_turn(list(target.shards(request.seeds)), rank, world_size) if target else []
+    share = sum(len(asked) for _, asked in mine)
+    with Interrupt() as interrupt, Progress(share, "sampling", unit="images", quiet=quiet or rank > 0) as progress:
         if total < manner.settings.batch // 2:
             progress.say(f"{total} of the {manner.settings.batch} slots of a batch used; --batch {total} is faster, "
                          "but the last bits of the pictures may differ")  # fmt: skip
 
         # Shard by shard; what another start or another process has finished is not done again.
-        if request.out:
-            sample_set = SampleSet(
-                request.out,
-                request.format,
-                request.shard_samples,
-                _provenance(generator, identity, manner, request),
-                _environment(),
-            )
-            sample_set.check()
-            for i, asked in _in_turn(list(sample_set.shards(request.seeds)), rank, world_size):
-                there = sample_set.there(i)
+        if target:
+            target.check()
+            for i, asked in mine:
+                there = target.there(i)
                 if not there.issuperset(asked):
                     seeds = sorted(there.union(asked))
                     drawn = _until_stopped(generator.pictures(seeds, manner), interrupt, progress)
-                    sample_set.write(i, _remembering(drawn, shown), generator.labels(seeds, manner))
+                    target.write(i, _remembering(drawn, shown), generator.labels(seeds, manner))
                     result["drawn"] += len(seeds)
                 else:
                     progress.advance(len(asked))
             data, classes = generator.config.data, generator.config.model.num_classes
             size = manner.size or data.height_width
-            result["complete"] = sample_set.finish(request.seeds, size=size, channels=data.channels, classes=classes)
+            result["complete"] = target.finish(request.seeds, size=size, channels=data.channels, classes=classes)
             progress.say(f"{result['drawn']} pictures drawn, {total} asked for: {request.out}"
                          + ("" if result["complete"] else " (other processes are still at work)"))  # fmt: skip
 
