@@ -32,7 +32,8 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 schema: $(VENV)/ready  ## after a change of pipeline/config.py
-	$(BIN)/python -c "import json, pipeline.config as c; print(json.dumps(c.Config.model_json_schema(), indent=1))" > configs/config.schema.json
+	$(BIN)/python -c "import json, pipeline.config as c; print(json.dumps(c.Config.model_json_schema(), indent=1))" > configs/config.schema.json.new
+	mv configs/config.schema.json.new configs/config.schema.json
 
 bench: samples/demo.png
 	$(BIN)/python benchmarks/demo_quality.py

@@ -19,9 +19,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     WithJsonSchema,
     model_validator,
 )
+
+from pipeline.errors import ConfigError
 
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
@@ -277,7 +280,11 @@ class Config(Section):
         values = self.model_dump()
         for section, key in _LENGTHS:
             values[section][key] = steps(values[section][key])
-        return Config.model_validate(values)
+        try:
+            return Config.model_validate(values)
+        except ValidationError as error:  # 0ep is a length, but not of a run
+            keys = ", ".join(".".join(map(str, problem["loc"][:2])) for problem in error.errors())
+            raise ConfigError(f"{keys}: no steps at {samples} pictures an epoch: give a longer one") from error
 
 
 _LENGTHS = [("train", "steps"), ("train", "lr_stages"), ("train", "warmup_steps")]

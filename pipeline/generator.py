@@ -6,6 +6,7 @@ A seed fixes a picture: its start and the noise of every step are keyed by it, w
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -73,7 +74,7 @@ class Generator:
         """
         batch = manner.settings.batch
         for start, asked in groupby(seeds, key=lambda seed: seed // batch * batch):
-            *_, last = self._trajectory(range(start, start + batch), manner)
+            (last,) = deque(self._trajectory(range(start, start + batch), manner), maxlen=1)  # holds one step at a time
             drawn = _to_pictures(last.x)
             yield from ((seed, drawn[seed - start]) for seed in asked)
 
@@ -144,6 +145,7 @@ def load(source: str, device: torch.device, *, ema: bool = True) -> tuple[Genera
         NoCheckpoint: the run holds no valid checkpoint.
     """
     config, weights, identity = _read(source, ema=ema)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     network = UNet(config.model, channels=config.data.channels, size=config.data.height_width)
     network.load_state_dict(weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

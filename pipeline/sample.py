@@ -154,14 +154,15 @@ def from_flags(
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def _check(generator: Generator, manner: Manner, request: Request) -> None:
     """Refuse what the model cannot do, before anything is drawn."""
     model, data = generator.config.model, generator.config.data
-    if not (request.out or request.grid or request.video):
-        raise ConfigError("nothing to write: give --out SAMPLES, --grid FILE.png or --video FILE.mp4")
+    _check_places(request)
     if (manner.label is not None or manner.settings.guidance != 1.0) and not model.num_classes:
         raise ConfigError(
             "--label and --guidance need a class-conditional model, this one is unconditional: leave them out"
@@ -188,6 +189,14 @@ def _check(generator: Generator, manner: Manner, request: Request) -> None:
             f"warning: trained at {data.height_width[0]}x{data.height_width[1]}, drawing at {height}x{width}: expect "
             "repeated or broken shapes\n"
         )
+
+
+def _check_places(request: Request) -> None:
+    if not (request.out or request.grid or request.video):
+        raise ConfigError("nothing to write: give --out SAMPLES, --grid FILE.png or --video FILE.mp4")
+    for path in (request.grid, request.video):
+        if path and request.out and path.startswith(request.out.rstrip("/") + "/"):
+            raise ConfigError(f"{path} lies in the sample set {request.out}: name a place beside it")
 
 
 def _provenance(generator: Generator, identity: str, manner: Manner, request: Request) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.data.batches import Batch, Batches, read_all, start_worker_server
 from pipeline.data.order import Order, check_world, default_lanes
 from pipeline.data.shardset import ShardSet
-from pipeline.errors import ConfigError, DataError, Stopped
+from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
 from pipeline.generator import load_weights
 from pipeline.model import ema as averaging
 from pipeline.run import checkpoint as checkpoints
@@ -58,7 +58,8 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
         if config.data.workers:
             start_worker_server()  # it imports torch while this process joins the others and builds the network
         ranks = world.enter(config.train.device, config.run.timeout)
-        stack.callback(ranks.leave)
+        # Only ranks that end together part in order; after an error the others may wait in a collective for ever.
+        stack.push(lambda kind, *_: ranks.leave() if kind in (None, Stopped) else None)
 
         # The data, and the configuration that fits it.
         shards = ShardSet.open(config.data.shards)
@@ -67,8 +68,13 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
         validation = _open_validation(config)
 
         # The run: new, to be resumed, or finished.
-        resumed, state = ranks.tell(_open_run(config, ranks, shards, insist) if ranks.is_main else None)
+        opened = ranks.tell(_open_run_or_error(config, ranks, shards, insist) if ranks.is_main else None)
+        if isinstance(opened, PipelineError):
+            raise opened
+        resumed, state = opened
         if resumed and resumed.step >= config.train.steps:
+            if ranks.is_main and not storage.exists(storage.join(config.run.dir, "DONE")):
+                _write_done(config, resumed.step)  # an earlier start was killed between its last save and this
             _say(
                 ranks,
                 f"{config.run.dir}: done at step {resumed.step}, nothing to do (raise train.steps to train on)",
@@ -101,7 +107,7 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
         _loop(trainer, position, batches, _Surroundings(interrupt, shards, validation, telemetry, progress))
 
         if ranks.is_main:
-            storage.write_json(storage.join(config.run.dir, "DONE"), {"step": position.step})
+            _write_done(config, position.step)
         progress.say(f"done: {position.step} steps; checkpoints, previews and TensorBoard logs are in {config.run.dir}")
 
 
@@ -240,6 +246,20 @@ def _open_validation(config: Config) -> Batch | None:
     return read_all(shards, config.run.val_samples)
 
 
+def _write_done(config: Config, step: int) -> None:
+    storage.write_json(storage.join(config.run.dir, "DONE"), {"step": step})
+
+
+def _open_run_or_error(
+    config: Config, ranks: World, shards: ShardSet, insist: Collection[str]
+) -> tuple[Checkpoint | None, dict[str, Any]] | PipelineError:
+    """So that all ranks learn of an error that only rank 0 can see."""
+    try:
+        return _open_run(config, ranks, shards, insist)
+    except PipelineError as error:
+        return error
+
+
 def _open_run(
     config: Config, ranks: World, shards: ShardSet, insist: Collection[str]
 ) -> tuple[Checkpoint | None, dict[str, Any]]:
@@ -252,7 +272,7 @@ def _open_run(
         )
     if storage.exists(run_dir) and not storage.is_dir(run_dir):
         raise ConfigError(f"run.dir {run_dir} is a file: name a directory")
-    if storage.listdir(run_dir) and not storage.exists(config_file):
+    if any(not name.startswith(".") for name in storage.listdir(run_dir)) and not storage.exists(config_file):
         raise ConfigError(f"{run_dir} exists and is not a run (no config.yaml): choose another run.dir")
     found, rejected = checkpoints.newest(run_dir)
     for line in rejected:

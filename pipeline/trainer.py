@@ -79,6 +79,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, weights: dict[str, Tensor] | None = None) -> None:
         section = config.train
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         torch.backends.cudnn.benchmark = not section.deterministic
         if section.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
@@ -240,6 +241,7 @@ class Trainer:
         return self._objective(self._network, images, t, epsilon, labels), t
 
     def _objective(self, network: nn.Module, images: Tensor, t: Tensor, epsilon: Tensor, labels: Tensor) -> Tensor:
+        labels = torch.where(labels < 0, self.config.model.num_classes, labels)  # a picture without a class
         config, x0 = self.config, from_uint8(images).contiguous(memory_format=torch.channels_last)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:

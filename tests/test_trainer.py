@@ -129,3 +129,10 @@ def test_every_option_learns_to_fit_one_batch(alone: World, batch: Batch, settin
         trainer.update(position, bad=not bool(gradient.finite))
         losses.append(float(gradient.losses.mean()))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_picture_without_a_class_trains_as_unlabelled(alone: World, batch: Batch) -> None:
+    unlabelled = Batch(batch.images, torch.full_like(batch.labels, -1), batch.positions)
+    hidden = trained(tiny("model.label_dropout=1"), alone, batch, steps=2)[0].tensors()["model"]
+    nameless = trained(tiny("model.label_dropout=0"), alone, unlabelled, steps=2)[0].tensors()["model"]
+    assert all(torch.equal(tensor, nameless[name]) for name, tensor in hidden.items())

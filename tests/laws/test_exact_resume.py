@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -102,6 +103,15 @@ def test_a_finished_run_says_so_and_changes_nothing(digits: Path, tiny_run: Path
     assert result.returncode == 0
     assert "done at step 6, nothing to do" in result.stderr
     assert {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_killed_between_its_last_save_and_its_end_is_declared_done(
+    digits: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "DONE").unlink()
+    ddpm("train", *TINY, f"data.shards={digits}", f"run.dir={run}", "train.steps=6").check_returncode()
+    assert json.loads((run / "DONE").read_text()) == {"step": 6}
 
 
 def test_a_finished_run_trains_on_at_a_lower_rate_and_keeps_its_old_model(digits: Path, tmp_path: Path) -> None:
