@@ -90,7 +90,8 @@ def newest(run_dir: str) -> tuple[Checkpoint | None, list[str]]:
         except _InvalidError as reason:
             rejected.append(f"ignored {name}: {reason}")
     # A first save that was killed leaves only a directory without manifest: there is nothing to lose yet.
-    if all(line.endswith(f"no {_MANIFEST}") for line in rejected):
+    begun = len(rejected) <= 1 and not storage.exists(storage.join(run_dir, "DONE"))
+    if begun and all(line.endswith(f"no {_MANIFEST}") for line in rejected):
         return None, rejected
     raise NoCheckpoint(
         f"{run_dir}: no valid checkpoint ({'; '.join(rejected)}): restore one, or move the run away to start anew"
