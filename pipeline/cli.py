@@ -65,7 +65,7 @@ def shard(
 
     summary = job(
         sources, out, size=_size(size), labels=labels, crop=crop, channels=channels, format=format,
-        shard_samples=shard_samples, workers=workers or os.cpu_count() or 1, max_bad_fraction=max_bad_fraction,
+        shard_samples=shard_samples, workers=workers, max_bad_fraction=max_bad_fraction,
         min_size=min_size, background=background, overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
     if as_json:

@@ -118,6 +118,11 @@ class ModelSection(Section):
     learned_variance: bool = False
     """The network also outputs the variance of each step (Nichol & Dhariwal 2021, eq. 15)."""
 
+    @property
+    def stride(self) -> int:
+        """Pixels of the picture to one of the coarsest level: heights and widths are multiples of it."""
+        return 1 << (len(self.channel_mults) - 1)
+
 
 class DiffusionSection(Section):
     """The forward process and what the network is asked to predict."""
@@ -241,7 +246,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _agree(self) -> Config:
         (height, width), levels = self.data.height_width, len(self.model.channel_mults)
-        stride = 2 ** (levels - 1)
+        stride = self.model.stride
         batch, lanes, micro = self.train.global_batch, self.data.lanes, self.train.micro_batch
         contradictions = {
             f"data.size {height}x{width} cannot be halved {levels - 1} times: take a multiple of {stride}, "

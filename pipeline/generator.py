@@ -197,4 +197,4 @@ def _read_diffusers(source: str, folder: str) -> tuple[Config, dict[str, Tensor]
         diffusion=interchange.diffusion_from_diffusers(scheduler),
     )
     weights = interchange.from_diffusers(safetensors.torch.load(storage.read_bytes(weights_file)))
-    return config, weights, checkpoints.sha256(weights_file)
+    return config, weights, storage.sha256(weights_file)

@@ -181,9 +181,8 @@ def _check(generator: Generator, manner: Manner, request: Request) -> None:
             f"--shard-samples {request.shard_samples} is no multiple of --batch {manner.settings.batch}: change either"
         )
     height, width = manner.size or data.height_width
-    stride = 2 ** (len(model.channel_mults) - 1)
-    if height % stride or width % stride:
-        raise ConfigError(f"--size {height}x{width}: this network draws multiples of {stride} pixels: change it")
+    if height % model.stride or width % model.stride:
+        raise ConfigError(f"--size {height}x{width}: this network draws multiples of {model.stride} pixels: change it")
     if (height, width) != data.height_width:
         sys.stderr.write(
             f"warning: trained at {data.height_width[0]}x{data.height_width[1]}, drawing at {height}x{width}: expect "

@@ -8,6 +8,7 @@ and a rename would be a copy.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -110,6 +111,15 @@ def read_bytes(url: str) -> bytes:
     """
     with open_read(url) as file:
         return file.read()
+
+
+def sha256(url: str) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open_read(url) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(url: str) -> Any:

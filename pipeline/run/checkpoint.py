@@ -74,7 +74,7 @@ def write(run_dir: str, step: int, parts: dict[str, dict[str, Tensor]], state: d
     except BaseException:
         storage.remove(path)
         raise
-    return Checkpoint(path, step, sha256(storage.join(path, _MANIFEST)))
+    return Checkpoint(path, step, storage.sha256(storage.join(path, _MANIFEST)))
 
 
 def newest(run_dir: str) -> tuple[Checkpoint | None, list[str]]:
@@ -185,7 +185,7 @@ def _validated(path: str) -> Checkpoint:
             raise _InvalidError(f"{name} is missing")
         if storage.size(file) != promised:
             raise _InvalidError(f"{name} has {storage.size(file)} bytes instead of {promised}")
-        if sha256(file) != digest:
+        if storage.sha256(file) != digest:
             raise _InvalidError(f"{name} does not match its sha256")
     return Checkpoint(path, step, hashlib.sha256(data).hexdigest())
 
@@ -202,12 +202,3 @@ def _step(name: str) -> int:
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
     data: bytes = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     return data
-
-
-def sha256(url: str) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with storage.open_read(url) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
