@@ -3,15 +3,12 @@
 B, C, H, W: images, channels, height, width. Where the run stands goes into the constructor, as the number of samples
 consumed; there is no loader state to save, so what the workers have read ahead cannot matter.
 
-Workers are started by a fork server: a plain fork would copy whatever locks the threads of torch, NCCL and fsspec hold
-at that moment, and the rank's sockets and file locks with them. They outlive every stop signal, because the rank needs
-its batches until it has stopped, and end when it closes them or is gone.
+Workers outlive every stop signal, because the rank needs its batches until it has stopped, and end when it closes them
+or is gone. They are never forked from the rank itself: no fsspec instance is used after a fork.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
 import threading
 import weakref
@@ -21,7 +18,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -38,10 +34,10 @@ from pipeline import storage
 from pipeline.data.images import Rejected, decode
 from pipeline.data.order import Order, Place, rank_lanes
 from pipeline.data.shardset import ShardSet
+from pipeline.data.workers import exit_with_parent, start_worker_server
 from pipeline.errors import DataError, PipelineError
 from pipeline.noise import Use, integers
 
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 _GRACE_S = 2.0
 
 
@@ -330,7 +326,7 @@ def _start(pipeline: DataPipeline, workers: int) -> Iterator[_Chunk | PipelineEr
         generator=torch.Generator(),  # else torch draws a seed for the workers, which need none, from the global one
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_exit_with_parent,
+        worker_init_fn=_worker_started,
     )
     return iter(loader)
 
@@ -339,35 +335,8 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-def start_worker_server() -> None:
-    """Start the server that loader processes are forked from, unless it runs; returns at once.
-
-    Called early in a job, its imports run beside the job's own, and the first batch comes a second sooner.
-
-    Schedulers and `accelerate launch` signal whole process groups. Server, tracker and workers inherit a mask that
-    blocks the stop signals; ignoring them later would leave a time in which they are deadly. A signal sent to this
-    process meanwhile is delivered afterwards.
-    """
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        resource_tracker.ensure_running()  # which unblocks SIGTERM and SIGINT
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _exit_with_parent(_worker: int) -> None:
-    """Runs in a worker. Its fork server lives as long as any worker does, so torch's watch on it is not enough."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _worker_started(_worker: int) -> None:
+    exit_with_parent()
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
