@@ -20,9 +20,10 @@ import torch
 
 from pipeline import configfile, storage
 from pipeline.config import Config
-from pipeline.data.batches import Batch, Batches, read_all, start_worker_server
+from pipeline.data.batches import Batch, Batches, read_all
 from pipeline.data.order import Order, check_world, default_lanes
 from pipeline.data.shardset import ShardSet
+from pipeline.data.workers import start_worker_server
 from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
 from pipeline.generator import load_weights
 from pipeline.model import ema as averaging
