@@ -16,13 +16,17 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
-from fsspec.core import url_to_fs
 
-from pipeline.errors import ConfigError, DataError
+from pipeline import remote
+from pipeline.errors import DataError
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def is_remote(url: str) -> bool:
@@ -40,40 +44,44 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts])
 
 
-def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        return cast(tuple[fsspec.AbstractFileSystem, str], url_to_fs(url))
-    except ImportError as error:
-        raise ConfigError(f"{url}: {error}, such as with pip install 'ddpm-pipeline[s3]' (or gcs, azure)") from error
-    except ValueError as error:
-        raise ConfigError(f"{url}: {error}: name a local path or a URL whose fsspec package is installed") from error
+def retries() -> int:
+    """How often this process has had to repeat a remote operation so far."""
+    return remote.RETRIES.count
+
+
+def _info(url: str) -> dict[str, Any] | None:
+    with suppress(FileNotFoundError):
+        return remote.attempt(url, lambda fs, path: cast(dict[str, Any], fs.info(path)))
+    return None
 
 
 def exists(url: str) -> bool:
     """Whether a file or directory of this name is there."""
-    if not is_remote(url):
-        return local(url).exists()
-    fs, path = _filesystem(url)
-    return bool(fs.exists(path))
+    return _info(url) is not None if is_remote(url) else local(url).exists()
 
 
 def is_dir(url: str) -> bool:
     """Whether `url` is a directory, or on an object store a prefix with something under it."""
     if not is_remote(url):
         return local(url).is_dir()
-    fs, path = _filesystem(url)
-    return bool(fs.isdir(path))
+    info = _info(url)
+    return info is not None and info["type"] == "directory"
 
 
 def listdir(url: str) -> list[str]:
     """Sorted names directly under `url`; none if it does not exist."""
     if not is_remote(url):
         return sorted(os.listdir(local(url))) if local(url).is_dir() else []
-    fs, path = _filesystem(url)
-    fs.invalidate_cache(path)
-    if not fs.isdir(path):
+    if not is_dir(url):
         return []
-    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False) if name.rstrip("/") != path)
+    with suppress(FileNotFoundError):
+        return sorted(remote.attempt(url, _names))
+    return []
+
+
+def _names(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    names = [name.rstrip("/") for name in fs.ls(path, detail=False)]
+    return [name.rsplit("/", 1)[-1] for name in names if name != path.rstrip("/")]
 
 
 def size(url: str) -> int:
@@ -81,24 +89,34 @@ def size(url: str) -> int:
 
     Raises:
         FileNotFoundError: there is none.
+        DataError: a remote place that cannot be read.
     """
     if not is_remote(url):
         return local(url).stat().st_size
-    fs, path = _filesystem(url)
-    return int(fs.size(path))
+    found = remote.attempt(url, lambda fs, path: cast(int | None, fs.size(path)))
+    if found is None:
+        raise DataError(f"{url}: its server does not tell how long it is: copy it to a disk or an object store first")
+    return found
+
+
+def free_bytes(url: str) -> int | None:
+    """Bytes that this user may still write at a local place, which need not exist; None where nobody knows."""
+    if is_remote(url):
+        return None
+    with _explained(url):
+        place = local(url).absolute()
+        status = os.statvfs(next(folder for folder in (place, *place.parents) if folder.exists()))
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
 
 
 def open_read(url: str, offset: int = 0) -> BinaryIO:
-    """Open for reading at a byte offset: a seek locally, a range request remotely.
+    """Open for reading at a byte offset: a seek locally, range requests remotely, which survive lost connections.
 
     Raises:
         FileNotFoundError: there is no such file.
+        DataError: a remote place that cannot be read; the file itself raises it, too.
     """
-    if is_remote(url):
-        fs, path = _filesystem(url)
-        file = cast(BinaryIO, fs.open(path, "rb"))
-    else:
-        file = local(url).open("rb")
+    file = remote.stream(url, size(url)) if is_remote(url) else local(url).open("rb")
     file.seek(offset)
     return file
 
@@ -143,39 +161,124 @@ def make_dirs(url: str) -> None:
 
 
 @contextmanager
-def publishing(url: str) -> Iterator[BinaryIO]:
+def publishing(url: str, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write that appears as `url` only if the block ends well.
 
+    Args:
+        url: its name.
+        durable: wait until a power cut cannot take it back; local files only.
+
     Raises:
-        DataError: no space left, read-only or not permitted; nothing is left behind.
+        DataError: no space left, not permitted, or out of reach; nothing is left behind.
     """
     if is_remote(url):
-        fs, path = _filesystem(url)
         with tempfile.NamedTemporaryFile() as staged:
-            yield cast(BinaryIO, staged)
-            staged.flush()
-            fs.put_file(staged.name, path)  # one upload, which exists once it is complete
+            with _explained(staged.name):
+                yield cast(BinaryIO, staged)
+                staged.flush()
+            # One upload, which exists once it is complete.
+            remote.attempt(url, lambda fs, path: fs.put_file(staged.name, path), "write")
         return
     final = local(url)
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _beside(final)
     with _explained(url):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(temporary, final)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_dir(str(final.parent))
+        if durable:
+            sync_dir(str(final.parent))
 
 
-def write_bytes(url: str, data: bytes) -> None:
-    """Write a whole file atomically."""
-    with publishing(url) as file:
+def write_bytes(url: str, data: bytes, *, durable: bool = True) -> None:
+    """Write a whole file atomically.
+
+    Args:
+        url: its name.
+        data: its content.
+        durable: wait until a power cut cannot take it back; local files only.
+
+    Raises:
+        DataError: as `publishing`.
+    """
+    if is_remote(url):
+        remote.attempt(url, lambda fs, path: fs.pipe_file(path, data), "write")
+        return
+    with publishing(url, durable=durable) as file:
         file.write(data)
+
+
+def create(url: str, data: bytes) -> bool:
+    """Write a whole file if nothing of its name exists, also when others try the same at the same time.
+
+    Args:
+        url: its name.
+        data: its content. Put something in it that nobody else would write: an object store may say `exists` to a
+            request that was repeated, so a file with this very content counts as made by this call.
+
+    Returns:
+        Whether this call made it.
+
+    Raises:
+        DataError: as `publishing`.
+    """
+    if is_remote(url):
+        try:
+            remote.attempt(url, partial(_create, data=data), "write")
+        except FileExistsError:
+            return read_bytes(url) == data
+        return True
+    final = local(url)
+    temporary = _beside(final)
+    with _explained(url):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            made = _name(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_dir(str(final.parent))
+    return made
+
+
+def _create(fs: fsspec.AbstractFileSystem, path: str, *, data: bytes) -> None:
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except (TypeError, NotImplementedError):  # a store without exclusive creation
+        if fs.exists(path):
+            raise FileExistsError(path) from None
+        fs.pipe_file(path, data)
+
+
+def _name(temporary: Path, final: Path) -> bool:
+    """Give a file its name unless that is taken."""
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return temporary.stat().st_nlink == 2  # NFS may have repeated a request that had done it
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        try:
+            os.close(os.open(final, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        os.replace(temporary, final)
+    return True
+
+
+def _beside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def write_json(url: str, value: Any) -> None:
@@ -186,13 +289,11 @@ def write_json(url: str, value: Any) -> None:
 def remove(url: str) -> None:
     """Delete a file or a whole tree; nothing happens if it is not there."""
     if is_remote(url):
-        fs, path = _filesystem(url)
-        for name in fs.find(path):  # name by name: fsspec's own recursive removal takes `*` and `[` for patterns
-            fs.rm_file(name)
-        if fs.isdir(path):  # stores that have directories
-            for name in sorted({path, *fs.find(path, withdirs=True)}, reverse=True):
-                with suppress(FileNotFoundError):
-                    fs.rmdir(name)
+        # Name by name: fsspec's own recursive removal takes `*` and `[` for patterns.
+        for name in remote.attempt(url, lambda fs, path: fs.find(path), "remove"):
+            remote.attempt(url, partial(_remove, name=name), "remove")
+        if is_dir(url):  # in stores that have directories
+            remote.attempt(url, _remove_folders, "remove")
         return
     with _explained(url):
         if local(url).is_dir() and not local(url).is_symlink():
@@ -201,11 +302,25 @@ def remove(url: str) -> None:
             local(url).unlink(missing_ok=True)
 
 
+def _remove(fs: fsspec.AbstractFileSystem, _path: str, *, name: str) -> None:
+    with suppress(FileNotFoundError):
+        fs.rm_file(name)
+
+
+def _remove_folders(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    for name in sorted({path, *fs.find(path, withdirs=True)}, reverse=True):
+        with suppress(FileNotFoundError):
+            fs.rmdir(name)
+
+
 def sync_dir(directory: str) -> None:
-    """Make renames in a local directory survive a power cut."""
+    """Make renames in a local directory survive a power cut, where its file system can."""
     descriptor = os.open(local(directory), os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -27,7 +27,8 @@ ROOMS = {"data", "diffusion", "model", "run", "score"}
 BOTTOM = {
     "pipeline.config": {"pipeline.errors"},
     "pipeline.configfile": {"pipeline.config", "pipeline.errors"},
-    "pipeline.storage": {"pipeline.errors"},
+    "pipeline.remote": {"pipeline.errors"},
+    "pipeline.storage": {"pipeline.remote", "pipeline.errors"},
     "pipeline.noise": set(),
     "pipeline.errors": set(),
 }
