@@ -59,7 +59,7 @@ def attempt(url: str, operation: Callable[[fsspec.AbstractFileSystem, str], Resu
     """Do something remote, again if it fails, with growing pauses.
 
     Raises:
-        FileNotFoundError: on reading; the store and the bucket are there, though.
+        FileNotFoundError: unless on writing; the store and the bucket are there, though.
         FileExistsError: as `operation` says.
         DataError: it cannot heal, or has not in time.
     """
@@ -73,7 +73,7 @@ def attempt(url: str, operation: Callable[[fsspec.AbstractFileSystem, str], Resu
             raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, FileNotFoundError) and verb == "read" and not _NO_BUCKET.search(reason):
+            if isinstance(error, FileNotFoundError) and verb != "write" and not _NO_BUCKET.search(reason):
                 raise
             pause = min(0.1 * 2**failures, _LONGEST_PAUSE_S) * random.SystemRandom().uniform(0.5, 1.5)
             advice = _advice(error)
@@ -114,6 +114,21 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ConfigError(f"{url}: {error}, such as with pip install 'ddpm-pipeline[s3]' (or gcs, azure)") from error
     except ValueError as error:
         raise ConfigError(f"{url}: {error}: name a local path or a URL whose fsspec package is installed") from error
+
+
+def info(url: str) -> dict[str, Any]:
+    """What a store says of a file or directory: `type`, and `size` in bytes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: as `attempt`.
+    """
+    return attempt(url, lambda fs, path: cast(dict[str, Any], fs.info(path, **_limit(fs))))
+
+
+def _limit(fs: fsspec.AbstractFileSystem) -> dict[str, float]:
+    """An end to one try, too: the retries below would wait minutes for a store that accepts and never answers."""
+    return {"timeout": _timeout_s()} if fs.async_impl else {}
 
 
 def stream(url: str, size: int) -> BinaryIO:
@@ -163,7 +178,7 @@ class _RangedFile(io.RawIOBase):
 
 
 def _part(fs: fsspec.AbstractFileSystem, path: str, *, start: int, end: int) -> bytes:
-    data: bytes = fs.cat_file(path, start=start, end=end)
+    data: bytes = fs.cat_file(path, start=start, end=end, **_limit(fs))
     if not data:
         raise EOFError("no byte came")
     if len(data) > end - start:

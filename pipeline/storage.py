@@ -51,7 +51,7 @@ def retries() -> int:
 
 def _info(url: str) -> dict[str, Any] | None:
     with suppress(FileNotFoundError):
-        return remote.attempt(url, lambda fs, path: cast(dict[str, Any], fs.info(path)))
+        return remote.info(url)
     return None
 
 
@@ -93,7 +93,7 @@ def size(url: str) -> int:
     """
     if not is_remote(url):
         return local(url).stat().st_size
-    found = remote.attempt(url, lambda fs, path: cast(int | None, fs.size(path)))
+    found: int | None = remote.info(url)["size"]
     if found is None:
         raise DataError(f"{url}: its server does not tell how long it is: copy it to a disk or an object store first")
     return found
@@ -233,7 +233,9 @@ def create(url: str, data: bytes) -> bool:
         try:
             remote.attempt(url, partial(_create, data=data), "write")
         except FileExistsError:
-            return read_bytes(url) == data
+            with suppress(FileNotFoundError):
+                return read_bytes(url) == data
+            return False
         return True
     final = local(url)
     temporary = _beside(final)
@@ -290,8 +292,9 @@ def remove(url: str) -> None:
     """Delete a file or a whole tree; nothing happens if it is not there."""
     if is_remote(url):
         # Name by name: fsspec's own recursive removal takes `*` and `[` for patterns.
-        for name in remote.attempt(url, lambda fs, path: fs.find(path), "remove"):
-            remote.attempt(url, partial(_remove, name=name), "remove")
+        with suppress(FileNotFoundError):
+            for name in remote.attempt(url, lambda fs, path: fs.find(path), "remove"):
+                remote.attempt(url, partial(_remove, name=name), "remove")
         if is_dir(url):  # in stores that have directories
             remote.attempt(url, _remove_folders, "remove")
         return

@@ -208,9 +208,21 @@ def test_read_all_gives_the_set_in_the_order_of_the_index(shards: ShardSet) -> N
     expected = np.stack([picture(i).transpose(2, 0, 1) for i in range(SAMPLES)])
     assert np.array_equal(everything.images.numpy(), expected)
     assert everything.labels.tolist() == everything.positions.tolist() == list(range(SAMPLES))
-    some = read_all(shards, limit=9)
-    assert torch.equal(some.images, everything.images[:9])
     assert len(read_all(shards, limit=1000).labels) == SAMPLES
+
+
+@pytest.mark.parametrize("limit", [None, 1, 7, 9, SAMPLES])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_a_limited_read_is_spread_over_the_set_and_shared_by_the_ranks(
+    shards: ShardSet, limit: int | None, ranks: int
+) -> None:
+    count = limit or SAMPLES
+    parts = [read_all(shards, limit, (rank, ranks)) for rank in range(ranks)]
+    labels = torch.cat([part.labels for part in parts])
+    assert labels.tolist() == [i * SAMPLES // count for i in range(count)]
+    assert torch.equal(numbers(torch.cat([part.images for part in parts])), labels)
+    assert torch.cat([part.positions for part in parts]).tolist() == list(range(count)), "whoever reads them"
+    assert {len(part.labels) for part in parts} <= {count // ranks, -(-count // ranks)}
 
 
 def test_grey_pictures_without_labels(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ class _Chunk(NamedTuple):
     images: Tensor  # uint8, (B, C, H, W)
     labels: NDArray[np.int64]
     positions: NDArray[np.int64]
+    retries: int  # of reading, by the process that made it, so far
 
 
 class Batches:
@@ -111,7 +112,7 @@ class Batches:
         nth = start + np.arange(order.global_batch // order.lanes)
         self._positions = torch.from_numpy((np.array(lanes)[:, None] + order.lanes * nth).ravel())
         self._global_batch = order.global_batch
-        self._chunks = max(workers, 1)
+        self._retries = [0] * max(workers, 1)
         self._pin = pin
         pipeline = DataPipeline(
             partial(_read_lanes, shards, order, lanes, start),
@@ -130,16 +131,22 @@ class Batches:
 
     def __next__(self) -> Batch:
         try:
-            chunks = [self._next_chunk() for _ in range(self._chunks)]
+            chunks = [self._next_chunk() for _ in self._retries]
         except PipelineError:
             self.close()
             raise
         positions = torch.from_numpy(np.concatenate([chunk.positions for chunk in chunks]))
         assert torch.equal(positions, self._positions), "the loader gave other samples than the order says"
         self._positions = positions + self._global_batch
+        self._retries = [chunk.retries for chunk in chunks]
         images = torch.empty((len(positions), *chunks[0].images.shape[1:]), dtype=torch.uint8, pin_memory=self._pin)
         torch.cat([chunk.images for chunk in chunks], out=images)
         return Batch(images, torch.from_numpy(np.concatenate([chunk.labels for chunk in chunks])), positions)
+
+    @property
+    def io_retries(self) -> int:
+        """How often reading had to be repeated, by this process and, as far as their batches tell, its workers."""
+        return storage.retries() + (sum(self._retries) if self._workers else 0)
 
     def _next_chunk(self) -> _Chunk:
         if self._iterator is None:
@@ -176,25 +183,35 @@ class Batches:
         self.close()
 
 
-def read_all(shards: ShardSet, limit: int | None = None) -> Batch:
-    """The first `limit` samples, or all, in the order of the index; for sets that fit into memory.
+def read_all(shards: ShardSet, limit: int | None = None, share: tuple[int, int] = (0, 1)) -> Batch:
+    """All samples in the order of the index, or `limit` spread evenly over it; for sets that fit into memory.
 
     Args:
         shards: the data.
-        limit: at most so many.
+        limit: at most so many. Sets are sorted by source, so the first ones would be of the first classes.
+        share: (rank, ranks): which part of them to read.
 
     Returns:
-        Positions count from 0.
+        Positions count from 0 over all parts.
 
     Raises:
         DataError: a sample is missing, damaged or undecodable.
     """
-    places = (Place(shard, row) for shard, samples in enumerate(shards.shard_samples) for row in range(samples))
     count = shards.samples if limit is None else min(limit, shards.samples)
+    rank, ranks = share
+    chosen = range(count * rank // ranks, count * (rank + 1) // ranks)
+    ends = np.cumsum(shards.shard_samples)
     with closing(_Reader(shards)) as reader:
-        encoded = (_Encoded(i, place, *reader.read(place)) for i, place in enumerate(islice(places, count)))
-        chunk = _stacked(shards, _decode(shards, encoded), count)
+        places = ((i, _place(ends, i * shards.samples // count)) for i in chosen)
+        encoded = (_Encoded(i, place, *reader.read(place)) for i, place in places)
+        chunk = _stacked(shards, _decode(shards, encoded), len(chosen))
     return Batch(chunk.images, torch.from_numpy(chunk.labels), torch.from_numpy(chunk.positions))
+
+
+def _place(ends: NDArray[np.int64], number: int) -> Place:
+    """Where the sample with this number in the index lies, given the numbers at which the shards end."""
+    shard = int(np.searchsorted(ends, number, side="right"))
+    return Place(shard, number - int(ends[shard - 1] if shard else 0))
 
 
 class _Reader:
@@ -296,7 +313,7 @@ def _stacked(shards: ShardSet, samples: Iterable[tuple[int, int, NDArray[np.uint
     labels, positions = np.empty((2, count), dtype=np.int64)
     for i, (position, label, image) in enumerate(islice(samples, count)):
         images[i], labels[i], positions[i] = image.transpose(2, 0, 1), label, position
-    return _Chunk(torch.from_numpy(images), labels, positions)
+    return _Chunk(torch.from_numpy(images), labels, positions, storage.retries())
 
 
 def _flip(seed: int, chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
