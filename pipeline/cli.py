@@ -54,6 +54,12 @@ def shard(
     ] = 0.05,
     min_size: Annotated[int, typer.Option(min=1, help="Reject pictures whose short side has fewer pixels.")] = 1,
     background: Annotated[str, typer.Option(help="Colour behind transparent pictures.")] = "#ffffff",
+    part: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N", help="Make only the I-th of N equal parts, from 0; the last to end makes the index."
+        ),
+    ] = "0/1",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a shard set made from other sources or settings.")
     ] = False,
@@ -66,7 +72,7 @@ def shard(
     summary = job(
         sources, out, size=_size(size), labels=labels, crop=crop, channels=channels, format=format,
         shard_samples=shard_samples, workers=workers, max_bad_fraction=max_bad_fraction,
-        min_size=min_size, background=background, overwrite=overwrite, quiet=quiet,
+        min_size=min_size, background=background, part=part, overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(summary.as_dict()))
@@ -175,6 +181,40 @@ def sample(
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result))
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Option(metavar="C.yaml", help="The run's configuration.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value...]", help="Settings that replace those of the file."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Pictures in the shard set: lengths in epochs are shown in steps.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a configuration means before it runs: parameters, allowed numbers of processes, sizes on disk."""
+    from pipeline import configfile
+    from pipeline import plan as job
+
+    result = job.plan(configfile.load(config, settings or (), _read_text), samples)
+    typer.echo(json.dumps(result) if as_json else job.as_text(result))
+
+
+@app.command()
+def doctor(
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="Say also where this run stands.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine has, what a run here would do, and what is missing. Exit code 3: something necessary is."""
+    from pipeline import doctor as job
+
+    report = job.examine(run)
+    typer.echo(json.dumps(report) if as_json else job.as_text(report))
+    if not report["ok"]:
+        raise DataError("no run can be made here: mend what is listed as missing above")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

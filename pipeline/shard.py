@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -38,8 +40,11 @@ class Summary:
     classes: dict[str, int] | None
     """Pictures taken, by class."""
     shards: int
+    """In the whole set."""
+    shards_there: int
+    """Fewer while other parts are at work; the figures above are about these."""
     shards_made: int
-    """By this start; 0: all were there."""
+    """By this start."""
     seconds: float
     images_per_s: float
     """Inputs looked at by this start."""
@@ -51,9 +56,11 @@ class Summary:
     def as_text(self) -> str:
         """A table for people."""
         head = f"{self.out}: all {self.shards} shards are there, nothing to do"
-        if self.shards_made:
+        if self.shards_made or self.shards_there < self.shards:
             speed = f"{self.seconds:.1f} s, {self.images_per_s:.0f} images/s"
             head = f"{self.out}: {self.shards_made} of {self.shards} shards made in {speed}"
+        if self.shards_there < self.shards:
+            head += f"; {self.shards_there} are there, the job that makes the last one finishes the set"
         rows = [("inputs", self.inputs), ("taken", self.taken)]
         rows += [(f"rejected, {reason}", count) for reason, count in self.rejected.items()]
         rows += self.transforms.items()
@@ -79,6 +86,7 @@ def shard(
     max_bad_fraction: float = 0.05,
     min_size: int = 1,
     background: str = "#ffffff",
+    part: str = "0/1",
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Summary:
@@ -97,61 +105,77 @@ def shard(
         max_bad_fraction: more rejected inputs than this share are an error, after the set is written.
         min_size: pictures with a shorter side, in pixels, are rejected.
         background: colour under transparency, as CSS writes it.
+        part: I/N makes the I-th (from 0) of N runs of whole shards; whoever makes the last shard finishes the set.
         overwrite: make it again, whatever set of this job is there.
         quiet: no progress.
 
     Raises:
         ConfigError: an unusable setting, a missing source, or `out` holds something else.
         DataError: no readable picture, too many bad inputs, or no space left.
-        Stopped: by a signal; the same call goes on from there.
+        Stopped: on request; the same call goes on from there.
     """
     started = time.monotonic()
+    number, parts = _part(part, overwrite)
     settings = _settings(size, channels, crop, format, labels, background, min_size, shard_samples)
     imageset.refuse_nesting(sources, out)
-    listing = list_inputs(sources, labels)
-    if overwrite:
-        imageset.clear(out)
-    images = ImageSet(out, settings, sources, listing)
-    missing = images.missing()
-    looked_at = sum(len(task.inputs) for task in missing)
+    with Interrupt() as interrupt:
+        listing = list_inputs(sources, labels, lambda: _stop_if(interrupt, "before the first shard"))
+        if overwrite:
+            imageset.clear(out)
+        images = ImageSet(out, settings, sources, listing)
+        mine = images.part(number, parts)
+        missing = images.missing(mine)
+        share, looked_at = (sum(len(task.inputs) for task in tasks) for tasks in (mine, missing))
+        with (
+            Progress(share, "sharding", unit="images", done=share - looked_at, quiet=quiet) as progress,
+            closing(
+                pool.run(
+                    make_shard,
+                    missing,
+                    setup=partial(Reader, sources),
+                    workers=workers or len(os.sched_getaffinity(0)),
+                    stop=lambda: interrupt.requested is not None,
+                )
+            ) as records,
+        ):
+            for record in records:
+                progress.advance(record.extra["counts"]["inputs"])
 
-    with (
-        Interrupt() as interrupt,
-        Progress(
-            len(listing.inputs), "sharding", unit="images", done=len(listing.inputs) - looked_at, quiet=quiet
-        ) as progress,
-        closing(
-            pool.run(
-                make_shard,
-                missing,
-                setup=partial(Reader, sources),
-                workers=workers or os.cpu_count() or 1,
-                stop=lambda: interrupt.requested is not None,
-            )
-        ) as records,
-    ):
-        for record in records:
-            images.add(record)
-            progress.advance(record.extra["counts"]["inputs"])
-    if left := images.missing():
-        made = len(images.tasks) - len(left)
-        raise Stopped(
-            f"stopped by {interrupt.requested} with {made} of {len(images.tasks)} shards made: "
-            "the same command goes on from there"
-        )
-
-    images.publish()
-    counts = images.counts()
-    _refuse_too_many_bad(counts, max_bad_fraction, storage.join(out, REJECTED))
+        # Others may have made shards too: of this set or, begun at the same time, of another, which is refused.
+        images.look()
+        there = len(images.tasks) - len(images.missing(images.tasks))
+        if left := images.missing(mine):
+            _stop_if(interrupt, f"with {there} of {len(images.tasks)} shards made")
+            raise DataError(f"{left[0]} was removed or changed while this job ran: run the same command again")
+        counts = images.counts()
+        if there == len(images.tasks):
+            images.publish()
+            _warn_of_empty_classes(counts)
+            _refuse_too_many_bad(counts, max_bad_fraction, storage.join(out, REJECTED))
     seconds = time.monotonic() - started
     return Summary(
         out=out,
         **counts,
         shards=len(images.tasks),
+        shards_there=there,
         shards_made=len(missing),
         seconds=round(seconds, 3),
         images_per_s=round(looked_at / seconds, 1),
     )
+
+
+def _stop_if(interrupt: Interrupt, when: str) -> None:
+    if interrupt.requested:
+        raise Stopped(f"stopped by {interrupt.requested} {when}: the same command goes on from there")
+
+
+def _part(text: str, overwrite: bool) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ConfigError(f"--part {text}: write I/N with I from 0 to N - 1, as in 3/16")
+    if overwrite and int(match[2]) > 1:
+        raise ConfigError("--overwrite: with --part each job would delete what the others made: remove the set first")
+    return int(match[1]), int(match[2])
 
 
 def _settings(
@@ -174,6 +198,14 @@ def _settings(
     except ValueError as error:
         raise ConfigError(f"--background {background}: write a colour as in CSS, such as '#ffffff' or white") from error
     return Settings((height, width), channels, crop, format, labels, (red, green, blue), min_size, shard_samples)
+
+
+def _warn_of_empty_classes(counts: dict[str, Any]) -> None:
+    if empty := [ascii(name)[1:-1] for name, count in (counts["classes"] or {}).items() if not count]:
+        sys.stderr.write(
+            f"warning: {len(empty)} of {len(counts['classes'])} folders hold no picture and are empty classes: "
+            f"{', '.join(empty[:_CLASSES_SHOWN])}; to have none, take these folders out of the source\n"
+        )
 
 
 def _refuse_too_many_bad(counts: dict[str, Any], max_bad_fraction: float, place: str) -> None:

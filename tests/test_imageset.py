@@ -50,9 +50,10 @@ def make(out: Path, source: str, limit: int | None = None, **changes: object) ->
     """The whole job in this process; with a limit, so many shards of it."""
     images = ImageSet(str(out), settings(**changes), [source], list_inputs([source]))
     reader = Reader([source])
-    for task in images.missing()[:limit]:
-        images.add(make_shard(reader, task, lambda: None))
-    if not images.missing():
+    for task in images.missing(images.tasks)[:limit]:
+        make_shard(reader, task, lambda: None)
+    images.look()
+    if not images.missing(images.tasks):
         images.publish()
     return images
 
@@ -128,7 +129,7 @@ def test_a_set_goes_on_where_it_stopped(tmp_path: Path, stopped_after: int) -> N
     (tmp_path / "b" / "set").mkdir(parents=True, exist_ok=True)
     (tmp_path / "b" / "set" / ".set-000002.tar.0123abcd.tmp").write_bytes(b"left by a kill")
     images = ImageSet(str(tmp_path / "b" / "set"), settings(), [source], list_inputs([source]))
-    assert len(images.missing()) == 3 - stopped_after
+    assert len(images.missing(images.tasks)) == 3 - stopped_after
     make(tmp_path / "b" / "set", source)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     for path in (tmp_path / "a" / "set").iterdir():
@@ -146,7 +147,7 @@ def test_a_shard_can_be_left_before_any_input(tmp_path: Path) -> None:
             if next(calls) == leave_at:
                 raise SystemExit
 
-        task = ImageSet(str(tmp_path / "set"), settings(), [source], list_inputs([source])).missing()[0]
+        task = ImageSet(str(tmp_path / "set"), settings(), [source], list_inputs([source])).tasks[0]
         with pytest.raises(SystemExit):
             make_shard(Reader([source]), task, go_on)
         assert os.listdir(tmp_path / "set") == []

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
+from pipeline.data.imageset import ImageSet, make_shard
 from pipeline.data.integrity import verify
 from pipeline.data.shardset import ShardSet
+from pipeline.data.sources import Reader, list_inputs
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.shard import Summary, shard
 from tests.launch import ddpm
-from tests.test_imageset import write_pictures
+from tests.test_imageset import settings, write_pictures
 
 DIGITS = str(Path(__file__).parent.parent / "shards" / "digits.zip")
 MESSY = Path(__file__).parent.parent.parent / "shared" / "data" / "messy" / "messy.tar"
@@ -145,6 +147,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (".", {}, ConfigError, "lies inside the source"),
         ("mixed", {"size": 0}, ConfigError, "--size, --shard-samples and --min-size are at least 1"),
         ("mixed", {"background": "rainbow"}, ConfigError, "--background rainbow: write a colour as in CSS, such as"),
+        ("mixed", {"part": "3/3"}, ConfigError, "--part 3/3: write I/N with I from 0 to N - 1, as in 3/16"),
+        ("mixed", {"part": "1"}, ConfigError, "--part 1: write I/N"),
+        ("mixed", {"part": "0/2", "overwrite": True}, ConfigError, "--overwrite: with --part each job would delete"),
         ("mixed", {"channels": 2}, ConfigError, "--channels 2: 3 for colour or 1 for grey"),
         ("empty", {}, DataError, "empty: not a single file in it: give a folder or archive that holds pictures"),
         ("cut.zip", {}, DataError, "cut.zip cannot be read as a zip archive"),
@@ -180,6 +185,91 @@ def test_the_bad_fraction_is_judged_again_without_work(bad: Path, tmp_path: Path
     summary = again(max_bad_fraction=0.1)
     assert summary.shards_made == 0 and summary.rejected == {"not_an_image": 1}
     assert verify(str(tmp_path / "set")) == []
+
+
+@pytest.mark.parametrize("parts", [2, 4, 16])
+def test_parts_in_any_order_give_the_bytes_of_one_job(digits: tuple[Path, Summary], tmp_path: Path, parts: int) -> None:
+    order, out = [*range(1, parts - 1), 0, parts - 1], tmp_path / "set"
+    summaries = [finish(out, part=f"{i}/{parts}") for i in order]
+    assert sum(summary.shards_made for summary in summaries) == 9
+    assert [summary.shards_there for summary in summaries][-1] == 9
+    assert " of 9 shards made in " in summaries[0].as_text()
+    for summary in summaries[:-1]:
+        assert summary.shards_there < 9 and "the job that makes the last one finishes the set" in summary.as_text()
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in digits[0].iterdir()}
+
+
+def test_a_part_that_ends_early_leaves_no_index(tmp_path: Path) -> None:
+    assert finish(tmp_path / "set", part="0/3").shards_there == 3
+    assert not (tmp_path / "set" / "index.json").exists()
+    assert finish(tmp_path / "set").shards_made == 6  # without --part: what is left
+    assert verify(str(tmp_path / "set")) == []
+
+
+def test_two_jobs_on_one_set_are_harmless(digits: tuple[Path, Summary], tmp_path: Path) -> None:
+    jobs = [start(tmp_path / "set") for _ in range(2)]
+    for job in jobs:
+        _, errors = job.communicate(timeout=120)
+        assert job.returncode == 0, errors
+    files = {p.name: p.read_bytes() for p in (tmp_path / "set").iterdir()}
+    assert files == {p.name: p.read_bytes() for p in digits[0].iterdir()}
+
+
+def test_of_two_jobs_with_other_settings_the_second_to_commit_is_refused(
+    digits: tuple[Path, Summary], tmp_path: Path
+) -> None:
+    """Both look at an empty place; the record of the first is there when the second wants to write its own."""
+    out = tmp_path / "set"
+    listing = list_inputs([DIGITS])
+    first, second = (
+        ImageSet(str(out), settings(channels=1, shard_samples=200, format=kind), [DIGITS], listing)
+        for kind in ("png", "webp")
+    )
+    make_shard(Reader([DIGITS]), first.tasks[0], lambda: None)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for task in second.tasks[:2]:
+        with pytest.raises(ConfigError, match=r"set is another set .format was png, now webp"):
+            make_shard(Reader([DIGITS]), task, lambda: None)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert finish(out).shards_made == 8
+    assert hashes(out) == hashes(digits[0])
+
+
+def test_a_record_of_another_set_is_never_indexed(tmp_path: Path) -> None:
+    """Two jobs that commit in the same instant: the mixture is noticed before there is an index."""
+    out, listing = tmp_path / "set", list_inputs([DIGITS])
+    images = ImageSet(str(out), settings(channels=1, shard_samples=200), [DIGITS], listing)
+    other = ImageSet(str(tmp_path / "x" / "set"), settings(shard_samples=200), [DIGITS], listing)
+    make_shard(Reader([DIGITS]), images.tasks[0], lambda: None)
+    make_shard(Reader([DIGITS]), other.tasks[1], lambda: None)
+    for path in (tmp_path / "x" / "set").iterdir():
+        path.rename(out / path.name)
+    with pytest.raises(ConfigError, match=r"set is another set .channels was 3, now 1"):
+        images.look()
+
+
+def test_a_folder_without_a_picture_is_an_empty_class_and_said_to_be(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "in", ["a/1.png", "b/2.png"])
+    (tmp_path / "in" / "notes").mkdir()
+    (tmp_path / "in" / "notes" / "read.me").write_text("text")
+    summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), size=8, workers=1, max_bad_fraction=1, quiet=True)
+    assert summary.classes == {"a": 1, "b": 1, "notes": 0}
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: 1 of 3 folders hold no picture and are empty classes: notes;")
+
+
+def test_a_stop_asked_for_while_the_sources_are_listed_ends_in_75(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", ["1.png", "2.png"])
+    (tmp_path / "stop").touch()
+    environment = {**os.environ, "DDPM_STOP_FILE": str(tmp_path / "stop")}
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "shard", str(tmp_path / "in")]
+    arguments = ["--out", str(tmp_path / "set"), "--size", "8"]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 75
+    assert "stopped by the stop file before the first shard" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "set").exists()
 
 
 FULL_DISK = """

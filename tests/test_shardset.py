@@ -17,7 +17,7 @@ from webdataset import tariterators
 from pipeline import storage
 from pipeline.data.images import EXTENSIONS, encode
 from pipeline.data.shardset import Sample, ShardSet, key, read_record, write_index, write_shard
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 
 def sample(position: int, *, extension: str = "png", label: int | None = 1, side: int = 8) -> Sample:
@@ -122,9 +122,50 @@ def test_a_shard_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         write_shard(str(tmp_path), "s-000000", failing(), dict)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_shard_written_anew_stays_valid_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    def failing():
+        yield from (sample(0), sample(1))
+        raise RuntimeError
+
+    def refusing():
+        raise ConfigError("not mine")
+
     write_shard(str(tmp_path), "s-000000", [sample(0)], dict)
-    with pytest.raises(RuntimeError):  # written anew, an old record must not vouch for new bytes
-        write_shard(str(tmp_path), "s-000000", failing(), dict)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for samples, extra, error in ((failing(), dict, RuntimeError), ([sample(1)], refusing, ConfigError)):
+        with pytest.raises(error):
+            write_shard(str(tmp_path), "s-000000", samples, extra)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_shard_made_twice_is_there_all_the_time(tmp_path: Path, monkeypatch) -> None:
+    record = write_shard(str(tmp_path), "s-000000", [sample(0)], dict)
+    replace, looked = os.replace, []
+
+    def looking(source, target):
+        replace(source, target)
+        looked.append(read_record(str(tmp_path), "s-000000"))
+
+    monkeypatch.setattr("os.replace", looking)
+    write_shard(str(tmp_path), "s-000000", [sample(0)], dict)
+    assert looked == [record] * 3
+
+
+@pytest.mark.parametrize("published", ["s-000000.tar", "s-000000.npy"])
+def test_an_old_record_never_vouches_for_new_bytes(tmp_path: Path, monkeypatch, published: str) -> None:
+    write_shard(str(tmp_path), "s-000000", [sample(0)], dict)
+    replace = os.replace
+
+    def killed_after(source, target):
+        replace(source, target)
+        if str(target).endswith(published):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(str(tmp_path), "s-000000", [sample(0), sample(1)], dict)
     assert read_record(str(tmp_path), "s-000000") is None
 
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from pipeline.data.shardset import (
     ShardSet,
     key,
     read_record,
+    refuse_foreign,
     write_index,
     write_rejected,
     write_shard,
@@ -35,9 +37,9 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.noise import Use, uniforms
 
 Crop = Literal["center", "none", "random"]
-_SHARD_FILE = re.compile(r"(.+)-\d{6}\.(tar|npy|json)")
+_SHARD_FILE = re.compile(r"(.+)-\d{6,}\.(tar|npy|json)")
+_UNCOMMITTED = re.compile(r".+-\d{6,}\.(tar|npy)")
 _LEFTOVER = re.compile(r"\..*\.tmp")  # what storage was writing when it was killed
-_UNCOMMITTED = re.compile(rf"{_LEFTOVER.pattern}|.+-\d{{6}}\.(tar|npy)")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def make_shard(reader: Reader, task: Task, go_on: Callable[[], None]) -> ShardRe
         go_on: called before each input; may leave.
 
     Raises:
+        ConfigError: meanwhile another job has begun another set in the same place.
         DataError: no space left, or an archive cannot be read any more.
     """
     settings = task.settings
@@ -116,6 +119,7 @@ def make_shard(reader: Reader, task: Task, go_on: Callable[[], None]) -> ShardRe
             yield Sample(key(position), image, EXTENSIONS[settings.format], item.label, meta)
 
     def extra() -> dict[str, Any]:
+        _refuse_other(task.out, settings, task.source)
         counts = {
             "inputs": len(task.inputs),
             "taken": len(task.inputs) - len(rejected),
@@ -156,21 +160,33 @@ class ImageSet:
             "bytes": sum(item.member.size for item in listing.inputs),
             "fingerprint": listing.fingerprint,
         }
-        self._refuse_other()
+        _refuse_other(out, settings, self._source)
         prefix, size = _prefix(out), settings.shard_samples
         self.tasks = [
             Task(out, f"{prefix}-{i:06d}", first, listing.inputs[first : first + size], settings, self._source)
             for i, first in enumerate(range(0, len(listing.inputs), size))
         ]
-        self._records = {task.stem: record for task in self.tasks if (record := read_record(out, task.stem))}
+        self._leftovers = self._unfinished()
+        self.look()
 
-    def missing(self) -> list[Task]:
-        """Shards to make."""
-        return [task for task in self.tasks if task.stem not in self._records]
+    def look(self) -> None:
+        """See which shards are there, whoever has made them.
 
-    def add(self, record: ShardRecord) -> None:
-        """A shard has been made."""
-        self._records[record.stem] = record
+        Raises:
+            ConfigError: one of them belongs to another set.
+        """
+        self._records = {task.stem: record for task in self.tasks if (record := read_record(self._out, task.stem))}
+        for record in self._records.values():
+            _compare(self._out, record.extra, self._settings, self._source)
+
+    def part(self, number: int, parts: int) -> list[Task]:
+        """One of so many runs of whole shards, counted from 0."""
+        first, last = (i * len(self.tasks) // parts for i in (number, number + 1))
+        return self.tasks[first:last]
+
+    def missing(self, tasks: Sequence[Task]) -> list[Task]:
+        """Those of them that are still to be done."""
+        return [task for task in tasks if task.stem not in self._records]
 
     def counts(self) -> dict[str, Any]:
         """Totals over the shards that are there: inputs, taken, rejected by reason, transforms, pictures by class."""
@@ -197,8 +213,8 @@ class ImageSet:
         records = [self._records[task.stem] for task in self.tasks]
         if self._is_indexed(records):
             return
-        for name in storage.listdir(self._out):
-            if _LEFTOVER.fullmatch(name):
+        for name, size in self._unfinished().items():
+            if self._leftovers.get(name) == size:  # it has not grown since: nobody is at it
                 storage.remove(storage.join(self._out, name))
         write_rejected(self._out, records)
         counts = self.counts()
@@ -222,27 +238,34 @@ class ImageSet:
         same = [shard.entry() for shard in indexed.shards] == [record.entry() for record in records]
         return same and storage.exists(storage.join(self._out, REJECTED))
 
-    def _refuse_other(self) -> None:
-        if storage.exists(self._out) and not storage.is_dir(self._out):
-            raise ConfigError(f"{self._out} is a file: --out names a directory")
-        previous = _previous(self._out)
-        if previous is None:
-            strange = [name for name in storage.listdir(self._out) if not _UNCOMMITTED.fullmatch(name)]
-            if strange:
-                raise ConfigError(f"{self._out} exists and holds something else ({strange[0]}): choose another --out")
-            return
-        then, now = previous["settings"], self._settings.as_json()
-        differing = [f"{name} was {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
-        was, source = previous["source"], self._source
-        if was["fingerprint"] != source["fingerprint"]:
-            differing.append(
-                f"source was {was['inputs']} files of {was['bytes']} bytes, now {source['inputs']} of {source['bytes']}"
-                + ", with other names or times" * (was["bytes"] == source["bytes"])
-            )
-        if differing:
-            raise ConfigError(
-                f"{self._out} is another set ({'; '.join(differing)}): choose another --out, or give --overwrite"
-            )
+    def _unfinished(self) -> dict[str, int]:
+        """Sizes of the files that are being written, or were when their writer was killed."""
+        sizes = {}
+        for name in filter(_LEFTOVER.fullmatch, storage.listdir(self._out)):
+            with suppress(FileNotFoundError):
+                sizes[name] = storage.size(storage.join(self._out, name))
+        return sizes
+
+
+def _refuse_other(out: str, settings: Settings, source: dict[str, Any]) -> None:
+    """Refuse a place that holds anything but the beginning of this set; one record tells, as all agree."""
+    previous = None if storage.exists(out) and not storage.is_dir(out) else _previous(out)
+    if previous is None:
+        refuse_foreign(out, _UNCOMMITTED)
+    else:
+        _compare(out, previous, settings, source)
+
+
+def _compare(out: str, previous: dict[str, Any], settings: Settings, source: dict[str, Any]) -> None:
+    then, now, was = previous["settings"], settings.as_json(), previous["source"]
+    differing = [f"{name} was {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
+    if was["fingerprint"] != source["fingerprint"]:
+        differing.append(
+            f"source was {was['inputs']} files of {was['bytes']} bytes, now {source['inputs']} of {source['bytes']}"
+            + ", with other names or times" * (was["bytes"] == source["bytes"])
+        )
+    if differing:
+        raise ConfigError(f"{out} is another set ({'; '.join(differing)}): choose another --out, or give --overwrite")
 
 
 def clear(out: str) -> None:

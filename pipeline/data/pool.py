@@ -2,14 +2,14 @@
 
 A worker is started by a fork server, so that it inherits no threads, locks or open files of the job. The pipe to the
 job is its lifeline: when the job closes it, or is killed, the worker gives up at the next item and cleans up after
-itself. Signals are the job's affair; a terminal and SLURM send them to every process, so workers ignore them.
+itself. Signals are the job's affair; a terminal and SLURM send them to every process, so workers are out of their
+reach.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
@@ -17,6 +17,7 @@ from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from pipeline.data.workers import start_worker_server
 from pipeline.errors import DataError, PipelineError
 
 State = TypeVar("State")
@@ -52,7 +53,7 @@ def run(
         PipelineError: as raised by `work`, or DataError if a worker died.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
+    start_worker_server(work.__module__)
     queue = iter(tasks)
     crew: dict[Connection, tuple[Any, Task]] = {}
     try:
@@ -98,9 +99,6 @@ def _receive(pipe: Connection, task: object) -> Any:
 
 
 def _serve(pipe: Connection, setup: Callable[[], State], work: Callable[[State, Task, GoOn], Result]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
     def go_on() -> None:
         if pipe.poll():  # the job says nothing while a task is running, so this is the end of the pipe
             raise SystemExit

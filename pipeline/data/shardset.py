@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from webdataset import TarWriter
 
 from pipeline import storage
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 VERSION = 1
 INDEX = "index.json"
@@ -131,16 +132,35 @@ class _Measured:
         self._lengths.append(length)
 
 
+def refuse_foreign(url: str, ours: re.Pattern[str]) -> None:
+    """Refuse to write a set where something else is.
+
+    Args:
+        url: where the set is to be.
+        ours: names that a set may have left there before its first record; hidden files are nobody's.
+
+    Raises:
+        ConfigError: it is a file, or holds a file of another name.
+    """
+    if storage.exists(url) and not storage.is_dir(url):
+        raise ConfigError(f"{url} is a file: --out names a directory")
+    strange = [name for name in storage.listdir(url) if not (name.startswith(".") or ours.fullmatch(name))]
+    if strange:
+        raise ConfigError(f"{url} exists and holds something else ({ascii(strange[0])[1:-1]}): choose another --out")
+
+
 def write_shard(
     directory: str, stem: str, samples: Iterable[Sample], extra: Callable[[], dict[str, Any]]
 ) -> ShardRecord:
     """Write one shard: tar, then sidecar, then the record that makes both count.
 
+    A shard that is written anew stays valid as it was until the new tar is complete.
+
     Args:
         directory: the set, a path or URL.
         stem: NAME-000000.
         samples: in ascending order of key; consumed one at a time.
-        extra: called once the samples are consumed; goes into the record.
+        extra: called once the samples are consumed, before anything is replaced; goes into the record. May raise.
 
     Returns:
         The record as written.
@@ -149,7 +169,6 @@ def write_shard(
         DataError: no space left, or not permitted; no file of this shard is left half-written.
     """
     base = storage.join(directory, stem)
-    storage.remove(f"{base}.json")  # the files about to be replaced must not look committed
     rows: list[tuple[int, int, int, int, int]] = []
     with storage.publishing(f"{base}.tar") as file:
         measured = _Measured(file)
@@ -163,6 +182,10 @@ def write_shard(
                 image_offset = _BLOCK + sum(_BLOCK + _padded(members[m]) for m in members if m < sample.extension)
                 label = -1 if sample.label is None else sample.label
                 rows.append((offset, length, image_offset, len(sample.image), label))
+        remembered, digest = extra(), measured.sha256.hexdigest()
+        # What a record vouches for is about to be replaced, unless by another process that has just made the same.
+        if storage.exists(f"{base}.json") and ((old := read_record(directory, stem)) is None or old.sha256 != digest):
+            storage.remove(f"{base}.json")
     sidecar = np.zeros(len(rows), SIDECAR)
     if rows:
         for field, column in zip(("offset", "length", "image_offset", "image_length", "label"), zip(*rows)):
@@ -174,10 +197,10 @@ def write_shard(
     record = ShardRecord(
         name=f"{stem}.tar",
         bytes=measured.bytes,
-        sha256=measured.sha256.hexdigest(),
+        sha256=digest,
         samples=len(rows),
         sidecar_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
-        extra=extra(),
+        extra=remembered,
     )
     storage.write_json(f"{base}.json", record.entry() | record.extra)
     return record

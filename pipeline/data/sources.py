@@ -14,7 +14,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO, Literal, NamedTuple, Protocol, cast
@@ -71,12 +71,13 @@ class _Source(Protocol):
     def read(self, member: Member) -> bytes: ...
 
 
-def list_inputs(urls: Sequence[str], labels: Labels = "folder") -> Listing:
+def list_inputs(urls: Sequence[str], labels: Labels = "folder", go_on: Callable[[], None] = lambda: None) -> Listing:
     """List every file of every source.
 
     Args:
         urls: folders, .zip, .tar, .tar.gz; local or fsspec URLs, mixed at will.
         labels: `folder` makes the name of the folder that a file lies in, inside its source, its class.
+        go_on: called after each file; may raise.
 
     Raises:
         ConfigError: a source is missing, or of a kind that is not read.
@@ -86,7 +87,9 @@ def list_inputs(urls: Sequence[str], labels: Labels = "folder") -> Listing:
     for number, url in enumerate(urls):
         # Two sources may hold equal paths; the source's name keeps them apart for people, its number for us.
         prefix = url.rstrip("/").rsplit("/", 1)[-1] + "/" if len(urls) > 1 else ""
-        found += [(prefix + member.path, number, member) for member in _open(url).members()]
+        for member in _open(url).members():
+            found.append((prefix + member.path, number, member))
+            go_on()
     if not found:
         raise DataError(f"{', '.join(urls)}: not a single file in it: give a folder or archive that holds pictures")
     found.sort(key=lambda item: item[:2])
