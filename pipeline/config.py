@@ -222,6 +222,8 @@ class RunSection(Section):
     """Steps between lines in TensorBoard and log.jsonl."""
     timeout: Duration = 600.0
     """How long ranks wait for each other before the run fails: seconds, or 10m."""
+    time_limit: Duration | None = None
+    """Save and stop, to be started again, before so much time is over: seconds, or 12h."""
 
 
 class Config(Section):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
 
 import accelerate
 import torch
@@ -24,17 +24,19 @@ from pipeline.data.batches import Batch, Batches, read_all
 from pipeline.data.order import Order, check_world, default_lanes
 from pipeline.data.shardset import ShardSet
 from pipeline.data.workers import start_worker_server
-from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
+from pipeline.errors import ConfigError, DataError, Stopped, Superseded
 from pipeline.generator import load_weights
 from pipeline.model import ema as averaging
-from pipeline.run import checkpoint as checkpoints
-from pipeline.run import memory, world
+from pipeline.run import failure, memory, opening, world
 from pipeline.run.checkpoint import Checkpoint
-from pipeline.run.continuity import check_same_run
-from pipeline.run.interrupt import Interrupt
+from pipeline.run.heartbeat import Heartbeat
+from pipeline.run.interrupt import CONTROL_FILE, REASONS, Interrupt
 from pipeline.run.learning_rate import learning_rate
+from pipeline.run.lease import Lease
 from pipeline.run.meter import Meter
+from pipeline.run.opening import Opened
 from pipeline.run.progress import Progress
+from pipeline.run.saver import Saver
 from pipeline.run.telemetry import Telemetry
 from pipeline.run.world import World
 from pipeline.trainer import Position, Trainer
@@ -52,10 +54,14 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
         ConfigError: the settings do not fit the data, the ranks, or what the run was started with.
         DataError: the shard set is unreadable, or the last checkpoint could not be written.
         NoCheckpoint: the run has checkpoints, but none is valid.
-        Stopped: a signal asked for it; a checkpoint was saved.
+        RankLost: another process of the job is gone or stuck.
+        Stopped: it was asked for; a checkpoint was saved.
+        Superseded: another job holds the run.
     """
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
+        if config.run.time_limit:
+            interrupt.end_within(config.run.time_limit)
         if config.data.workers:
             start_worker_server()  # it imports torch while this process joins the others and builds the network
         ranks = world.enter(config.train.device, config.run.timeout)
@@ -66,27 +72,27 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
         shards = ShardSet.open(config.data.shards)
         config = config.in_steps(shards.samples)
         _check_data(config, shards)
-        validation = _open_validation(config)
+        validation = _open_validation(config, ranks)
 
-        # The run: new, to be resumed, or finished.
-        opened = ranks.tell(_open_run_or_error(config, ranks, shards, insist) if ranks.is_main else None)
-        if isinstance(opened, PipelineError):
-            raise opened
-        resumed, state = opened
-        if resumed and resumed.step >= config.train.steps:
-            if ranks.is_main and not storage.exists(storage.join(config.run.dir, "DONE")):
-                _write_done(config, resumed.step)  # an earlier start was killed between its last save and this
+        # The run: new, to be resumed, or finished. One job at a time holds it.
+        lease = Lease(config.run.dir, partial(_say, ranks))
+        opened = ranks.ask(lambda: _open(config, shards, insist, ranks, stack, lease))
+        if opened.checkpoint and opened.checkpoint.step >= config.train.steps:
             _say(
                 ranks,
-                f"{config.run.dir}: done at step {resumed.step}, nothing to do (raise train.steps to train on)",
+                f"{config.run.dir}: done at step {opened.checkpoint.step}, nothing to do (raise train.steps to go on)",
                 quiet,
             )
             return
+        heartbeat = stack.enter_context(_heartbeat(config, ranks))
+        stack.enter_context(failure.recorded(config.run.dir, heartbeat, world.is_lost_contact))
 
         # The parts, and where they stand.
-        fresh = load_weights(config.train.init_from, config) if config.train.init_from and not resumed else None
+        fresh = None
+        if config.train.init_from and not opened.checkpoint:
+            fresh = load_weights(config.train.init_from, config)
         trainer = Trainer(config, ranks, fresh)
-        position = _restore(trainer, resumed, state)
+        position = _restore(trainer, opened)
         check_world(position.lanes, ranks.size)
         trainer.settle(position)
         trainer.warm_up(position.micro_batch)
@@ -99,108 +105,137 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
             Batches(shards, order, rank=ranks.rank, world_size=ranks.size, first_sample=position.samples,
                     workers=config.data.workers, flip=config.data.flip, pin=ranks.device.type == "cuda")
         )  # fmt: skip
-        telemetry = stack.enter_context(Telemetry(config.run.dir, position.step)) if ranks.is_main else None
         progress = stack.enter_context(
             Progress(config.train.steps, "training", unit="steps", done=position.step, quiet=quiet or not ranks.is_main)
         )
-        progress.say(_headline(trainer, position, shards, resumed))
-
-        _loop(trainer, position, batches, _Surroundings(interrupt, shards, validation, telemetry, progress))
-
+        telemetry = saver = None
         if ranks.is_main:
-            _write_done(config, position.step)
+            telemetry = stack.enter_context(Telemetry(config.run.dir, position.step, progress.warn))
+            saver = stack.enter_context(_saver(config, opened.checkpoint, lease, telemetry, progress.warn))
+        progress.say(_headline(trainer, position, shards, opened.checkpoint))
+
+        interrupt.control_file = storage.join(config.run.dir, CONTROL_FILE) if ranks.is_main else None
+        around = _Surroundings(interrupt, lease, heartbeat, shards, validation, telemetry, saver, progress)
+        _loop(trainer, position, batches, around)
+
+        ranks.ask(lambda: _write_done(config, position.step))
         progress.say(f"done: {position.step} steps; checkpoints, previews and TensorBoard logs are in {config.run.dir}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Surroundings:
     """What the loop looks at and speaks to."""
 
     interrupt: Interrupt
+    lease: Lease
+    heartbeat: Heartbeat
     shards: ShardSet
     validation: Batch | None
+    """This rank's share."""
     telemetry: Telemetry | None
-    """On rank 0."""
+    """On rank 0, as the next one."""
+    saver: Saver | None
     progress: Progress
 
 
-def _loop(trainer: Trainer, position: Position, batches: Iterator[Batch], around: _Surroundings) -> None:
+def _loop(trainer: Trainer, position: Position, batches: Batches, around: _Surroundings) -> None:
     """Step until the run's end or until a stop is asked for, which leaves a checkpoint too."""
-    config, ranks = trainer.config, trainer.world
+    config, ranks, at = trainer.config, trainer.world, around.heartbeat.at
     meter = Meter(config.diffusion.timesteps, ranks.device)
     while position.step < config.train.steps:
         # Data: what is read follows from the position alone.
+        at(position.step, "data")
         asked = time.perf_counter()
         batch = next(batches)
         waited_s = time.perf_counter() - asked
 
         # Gradients; ranks talk only in the last micro-batch.
+        at(position.step, "gradient")
         gradient = trainer.gradient(batch, position)
         meter.add(gradient.losses, gradient.t, gradient.norm, waited_s)
 
         # Verdict: one all-reduce. No rank may skip a step or leave alone.
-        bad, stop = ranks.agree(~gradient.finite, around.interrupt.requested is not None)
+        at(position.step, "agreement")
+        bad, stop, lost = ranks.agree(
+            ~gradient.finite, REASONS.index(around.interrupt.requested or ""), around.lease.lost
+        )
+        if lost:
+            around.lease.check()
+            raise Superseded(f"{config.run.dir} was taken over by another job: this one writes no more")
 
         # Update: a bad step changes nothing but its counter.
+        at(position.step, "update")
         trainer.update(position, bad=bad)
 
         # Look and save.
         last = position.step == config.train.steps
-        _report(trainer, position, meter, around, last)
-        around.progress.advance()
+        at(position.step, "report")
+        _report(trainer, position, meter, batches, around)
         with meter.paused():
-            _look(trainer, position, around, last)
+            _look(trainer, position, around)
             if stop or last or position.step % config.run.checkpoint_every == 0:
-                _save(trainer, position, around, must=stop or last)
+                at(position.step, "saving")
+                _save(trainer, position, around, must=bool(stop) or last)
         if stop and not last:
-            raise Stopped(
-                f"stop requested ({around.interrupt.requested or 'on another rank'}): saved step {position.step} of "
-                f"{config.train.steps}; the same command goes on from there"
-            )
+            _stop(trainer, position, REASONS[stop])
 
 
-def _report(trainer: Trainer, position: Position, meter: Meter, around: _Surroundings, last: bool) -> None:
-    """Curves, every `run.log_every` steps."""
+def _report(trainer: Trainer, position: Position, meter: Meter, batches: Batches, around: _Surroundings) -> None:
+    """What is worth a word, and every `run.log_every` steps the curves."""
     config, ranks = trainer.config, trainer.world
-    if not _due(position.step, config.run.log_every, last):
-        return
-    figures = meter.read(ranks.sum, config.train.global_batch) | {
-        "train/lr": learning_rate(position.step - 1, config.train),
-        "train/bad_steps": float(position.bad_steps),
-        "memory/peak_gib": memory.peak_bytes(ranks.device) / 2**30,
-    }
-    around.progress.note(f"loss {figures['train/loss']:.4f}, {figures['speed/images_per_s']:.3g} images/s")
-    if around.telemetry:
-        around.telemetry.scalars(position.step, figures)
+    if around.saver:
+        around.saver.ended()
+    if position.bad_in_a_row and ranks.is_main:
+        first = position.samples - config.train.global_batch
+        around.progress.warn(f"warning: step {position.step} changes no weights: loss or gradient was not finite "
+                            f"(samples {first} to {position.samples - 1} of the order)")  # fmt: skip
+    if _due(trainer, position, config.run.log_every):
+        figures = meter.read(ranks.sum, config.train.global_batch)
+        figures |= {
+            "train/lr": learning_rate(position.step - 1, config.train),
+            "train/bad_steps": float(position.bad_steps),
+            "memory/peak_gib": memory.peak_bytes(ranks.device) / 2**30,
+            "io/retries": float(ranks.sum(torch.tensor(getattr(batches, "io_retries", 0), device=ranks.device))),
+        }
+        around.progress.note(
+            f"loss {figures.get('train/loss', float('nan')):.4f}, {figures['speed/images_per_s']:.3g} images/s"
+        )
+        if around.telemetry and around.saver:
+            around.telemetry.scalars(position.step, figures | around.saver.figures)
+            around.interrupt.lead_s = max(30.0, 10.0 + 3 * around.saver.figures.get("checkpoint/save_s", 0.0))
+    around.progress.advance()
 
 
-def _look(trainer: Trainer, position: Position, around: _Surroundings, last: bool) -> None:
+def _look(trainer: Trainer, position: Position, around: _Surroundings) -> None:
     """Validation loss and previews, when they are due."""
     run = trainer.config.run
-    if around.validation and _due(position.step, run.val_every, last):
+    if around.validation and _due(trainer, position, run.val_every):
+        around.heartbeat.at(position.step, "validation")
         loss = trainer.validation_loss(around.validation, position.micro_batch)
         if around.telemetry:
             around.telemetry.scalars(position.step, {"val/loss": loss})
-    if _due(position.step, run.preview_every, last):
+    if _due(trainer, position, run.preview_every):
+        around.heartbeat.at(position.step, "preview")
         sheet = trainer.preview()
         if around.telemetry:
             around.telemetry.preview(position.step, sheet)
 
 
 def _save(trainer: Trainer, position: Position, around: _Surroundings, *, must: bool) -> None:
-    """Write a checkpoint on rank 0. Failing costs the save, not the run, unless it is the last one.
+    """Begin to save, on rank 0. A save that fails costs itself and not the run, unless it is the last one.
 
     Raises:
         DataError: it failed and `must` be.
     """
     config, ranks, problem = trainer.config, trainer.world, None
-    if ranks.is_main:
+    if around.saver:
         state = {
             "step": position.step,
             "position": asdict(position),
             "config": configfile.dump(config),
             "data_sha256": around.shards.sha256,
             "data_samples": around.shards.samples,
+            "classes": around.shards.classes,
             "world_size": ranks.size,
             "versions": {
                 "python": platform.python_version(),
@@ -208,16 +243,70 @@ def _save(trainer: Trainer, position: Position, around: _Surroundings, *, must: 
                 "accelerate": accelerate.__version__,
             },
         }
-        try:
-            checkpoints.write(config.run.dir, position.step, trainer.tensors(), state)
-            checkpoints.retain(config.run.dir, config.run.keep_last, config.run.keep_every)
-        except DataError as error:
-            problem = str(error)
-    problem = ranks.tell(problem)
-    if problem and must:
+        around.saver.save(position.step, trainer.tensors(), state)
+        if must:
+            around.saver.ended(wait_for_it=True)
+            problem = around.saver.problem
+    if must and (problem := ranks.tell(problem)):
         raise DataError(f"step {position.step} is not saved: {problem}")
-    if problem:
-        around.progress.say(f"warning: step {position.step} is not saved, training goes on: {problem}", important=True)
+
+
+def _stop(trainer: Trainer, position: Position, reason: str) -> None:
+    """Leave, saved.
+
+    Raises:
+        Stopped: always.
+    """
+    run_dir, ranks = trainer.config.run.dir, trainer.world
+    if ranks.is_main:
+        storage.write_json(storage.join(run_dir, "control/stopped.json"), {"reason": reason, "step": position.step})
+        if reason == CONTROL_FILE:
+            storage.remove(storage.join(run_dir, CONTROL_FILE))
+    raise Stopped(
+        f"stop requested ({reason}): saved step {position.step} of {trainer.config.train.steps}; "
+        "the same command goes on from there"
+    )
+
+
+def _open(
+    config: Config, shards: ShardSet, insist: Collection[str], ranks: World, stack: ExitStack, lease: Lease
+) -> Opened:
+    """On rank 0: take hold of the run and find where it goes on from; a finished one is left untouched."""
+    say, data = partial(_say, ranks), (shards.sha256, shards.samples)
+    opening.check_place(config.run.dir)
+    if opening.is_finished(config):
+        return opening.look(config, data, insist, say)
+    stack.enter_context(lease)
+    opened = opening.look(config, data, insist, say)
+    opening.begin(config, opened, say)
+    if opened.checkpoint and opened.checkpoint.step >= config.train.steps:
+        _write_done(config, opened.checkpoint.step)  # an earlier start was killed between its last save and this
+    return opened
+
+
+def _heartbeat(config: Config, ranks: World) -> Heartbeat:
+    def stalled(diagnosis: str) -> None:
+        sys.stderr.write(f"warning: rank {ranks.rank} makes no progress: {diagnosis}\n")
+        failure.stalled(config.run.dir, heartbeat, diagnosis)
+
+    heartbeat = Heartbeat(config.run.dir, ranks.rank, ranks.size, patience_s=0.7 * config.run.timeout, on_stall=stalled)
+    return heartbeat
+
+
+def _saver(
+    config: Config, resumed: Checkpoint | None, lease: Lease, telemetry: Telemetry, say: Callable[[str], None]
+) -> Saver:
+    return Saver(
+        config.run.dir,
+        keep_last=config.run.keep_last,
+        keep_every=config.run.keep_every,
+        generation=lease.generation,
+        may_write=lease.check,
+        afterwards=telemetry.upload,
+        say=say,
+        patience_s=config.run.timeout / 4,
+        sound=resumed.path if resumed else None,
+    )
 
 
 def _check_data(config: Config, shards: ShardSet) -> None:
@@ -239,7 +328,7 @@ def _check_data(config: Config, shards: ShardSet) -> None:
         )
 
 
-def _open_validation(config: Config) -> Batch | None:
+def _open_validation(config: Config, ranks: World) -> Batch | None:
     if not (config.data.val_shards and config.run.val_every):
         return None
     shards = ShardSet.open(config.data.val_shards)
@@ -248,70 +337,20 @@ def _open_validation(config: Config) -> Batch | None:
 
 
 def _write_done(config: Config, step: int) -> None:
+    failure.clear(config.run.dir)
     storage.write_json(storage.join(config.run.dir, "DONE"), {"step": step})
 
 
-def _open_run_or_error(
-    config: Config, ranks: World, shards: ShardSet, insist: Collection[str]
-) -> tuple[Checkpoint | None, dict[str, Any]] | PipelineError:
-    """So that all ranks learn of an error that only rank 0 can see."""
-    try:
-        return _open_run(config, ranks, shards, insist)
-    except PipelineError as error:
-        return error
-
-
-def _open_run(
-    config: Config, ranks: World, shards: ShardSet, insist: Collection[str]
-) -> tuple[Checkpoint | None, dict[str, Any]]:
-    """Where the run goes on from, with the checkpoint's state; writes down what the run now is."""
-    run_dir = config.run.dir
-    config_file, done_file = storage.join(run_dir, "config.yaml"), storage.join(run_dir, "DONE")
-    if not run_dir or storage.is_remote(run_dir):
-        raise ConfigError(
-            f"run.dir is {run_dir or 'not set'}: name a local or mounted directory, such as run.dir=runs/cats"
-        )
-    if storage.exists(run_dir) and not storage.is_dir(run_dir):
-        raise ConfigError(f"run.dir {run_dir} is a file: name a directory")
-    if any(not name.startswith(".") for name in storage.listdir(run_dir)) and not storage.exists(config_file):
-        raise ConfigError(f"{run_dir} exists and is not a run (no config.yaml): choose another run.dir")
-    found, rejected = checkpoints.newest(run_dir)
-    for line in rejected:
-        _say(ranks, f"warning: {run_dir}: {line}")
-    state: dict[str, Any] = {}
-    if found:
-        state = found.state()
-        check_same_run(configfile.parse(state["config"]), config, found.step, insist)
-        if state["data_sha256"] != shards.sha256 and "data.shards" not in insist:
-            raise ConfigError(
-                f"{shards.url} is not the data {run_dir} was trained on ({shards.samples} samples, then "
-                f"{state['data_samples']}): restore it, take another run.dir, or insist with --override data.shards"
-            )
-        if storage.exists(done_file) and config.train.steps > found.step:
-            checkpoints.keep(found)  # a finished model is never lost to the retention of the run that goes on
-            storage.remove(done_file)
-    if not found or config.train.steps > found.step:
-        storage.write_bytes(config_file, configfile.dump(config).encode())
-        if config.train.warmup_steps >= config.train.steps:
-            _say(ranks, f"warning: train.warmup_steps {config.train.warmup_steps} is no shorter than the run "
-                        f"({config.train.steps} steps): the full learning rate is never reached")  # fmt: skip
-    return found, state
-
-
-def _restore(trainer: Trainer, resumed: Checkpoint | None, state: dict[str, Any]) -> Position:
+def _restore(trainer: Trainer, opened: Opened) -> Position:
     """Put a checkpoint into the live tensors: rank 0 reads, the others receive."""
-    config = trainer.config
+    config, resumed = trainer.config, opened.checkpoint
     if not resumed:
         return Position(lanes=config.data.lanes or default_lanes(config.train.global_batch))
-    position = Position(**state["position"])
+    position = Position(**opened.state["position"])
     for part, live in trainer.tensors().items():
-        if trainer.world.is_main:
-            saved = resumed.tensors(part)
-            for name, tensor in live.items():
-                tensor.copy_(saved[name])
+        trainer.world.ask(partial(resumed.restore, part, live))
         trainer.world.share(live.values())
-    weights, _ = averaging.ema_state(trainer.ema)
-    averaging.load_ema_state(trainer.ema, weights, position.ema_updates)
+    averaging.set_updates(trainer.ema, position.ema_updates)
     return position
 
 
@@ -328,8 +367,8 @@ def _headline(trainer: Trainer, position: Position, shards: ShardSet, resumed: C
     )
 
 
-def _due(step: int, every: int, last: bool) -> bool:
-    return every > 0 and (last or step % every == 0)
+def _due(trainer: Trainer, position: Position, every: int) -> bool:
+    return every > 0 and (position.step == trainer.config.train.steps or position.step % every == 0)
 
 
 def _say(ranks: World, line: str, quiet: bool = False) -> None:

@@ -91,8 +91,6 @@ class Trainer:
             self.model.load_state_dict(weights)
         self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = averaging.make_ema(self.model, section.ema_decay)
-        if section.compile:
-            self.model.compile()
         self.optimizer = make_adam(self.model, section.lr)
         self._network = world.accelerator.prepare_model(self.model) if world.size > 1 else self.model
         self._schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(world.device)
@@ -131,10 +129,15 @@ class Trainer:
             policies = [section.checkpointing]
         elif world.device.type != "cuda":
             policies = ["none"]
+        elif fixed and fixed == position.micro_batch:
+            policies = [position.checkpointing]
         if len(sizes) * len(policies) > 1:
-            policies[0], sizes[0] = world.tell(memory.what_fits(self._try, policies, sizes))
+            policies[0], sizes[0] = memory.what_fits(self._fits, policies, sizes)
         position.checkpointing, position.micro_batch = policies[0], sizes[0]
         self.model.checkpointing = position.checkpointing
+        if section.compile:  # not before, or each trial would be compiled too
+            self.model.compile()
+        memory.forget_peak(world.device)
 
     def warm_up(self, micro_batch: int) -> None:
         """One backward pass without effect, after which every step reduces gradients in the same order.
@@ -155,14 +158,14 @@ class Trainer:
             torch.manual_seed(noise.mix(self.config.train.seed, position.step, place))
             with self._alone(last=start + micro == share):
                 loss, t = self._losses(part)
-                self.world.accelerator.backward(loss.mean() * (micro / share))
+                (loss.mean() * (micro / share)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             timesteps.append(t)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
         all_losses = torch.cat(losses)
         return Gradient(all_losses, torch.cat(timesteps), norm, all_losses.isfinite().all() & norm.isfinite())
 
-    def update(self, position: Position, *, bad: bool) -> None:
+    def update(self, position: Position, *, bad: int) -> None:
         """Take the step, or leave it out if it is bad; count it either way.
 
         Raises:
@@ -189,10 +192,10 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, pictures: Batch, micro_batch: int) -> float:
-        """Mean loss of the averaged weights, each picture at its own fixed timestep and noise."""
+        """Mean loss of the averaged weights over all ranks' pictures, each at its own fixed timestep and noise."""
         seed, world = self.config.train.seed, self.world
         total = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for start in range(world.rank * micro_batch, len(pictures.positions), world.size * micro_batch):
+        for start in range(0, len(pictures.positions), micro_batch):
             images, labels, ids = (
                 tensor[start : start + micro_batch].to(world.device)
                 for tensor in (pictures.images, pictures.labels, pictures.positions)
@@ -255,16 +258,22 @@ class Trainer:
             min_snr_gamma=config.diffusion.min_snr_gamma, learned_variance=config.model.learned_variance,
         )  # fmt: skip
 
-    def _try(self, checkpointing: Checkpointing, micro_batch: int) -> None:
-        self.model.checkpointing = checkpointing
-        self._probe(self.model, micro_batch)
+    def _fits(self, checkpointing: Checkpointing, micro_batch: int) -> bool:
+        """Try it on every rank at once, for a rank that has less memory than the others decides."""
+        self.model.checkpointing, short = checkpointing, False
+        try:
+            self._probe(self.model, micro_batch)
+        except torch.OutOfMemoryError:
+            short = True
+        return not self.world.agree(short)[0]
 
     def _probe(self, network: nn.Module, micro_batch: int) -> None:
         """A forward and backward pass over blank pictures that leaves no trace in weights or gradients."""
         data, device = self.config.data, self.world.device
         x = torch.zeros(micro_batch, data.channels, *data.height_width, device=device)
+        x = x.contiguous(memory_format=torch.channels_last)
         t = torch.zeros(micro_batch, dtype=torch.int64, device=device)
         with autocast(device, self.config.train.precision):
             output = network(x, t, t if self.config.model.num_classes else None)
-        self.world.accelerator.backward(output.sum() * 0)
+        (output.sum() * 0).backward()
         self.optimizer.zero_grad(set_to_none=True)

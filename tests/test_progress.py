@@ -51,11 +51,11 @@ def test_notes_stand_beside_the_count_until_replaced(capsys: pytest.CaptureFixtu
     ]
 
 
-def test_quiet_lets_only_what_is_important_through(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_lets_only_warnings_through(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(2, "sampling", unit="images", quiet=True, every_s=0.0) as progress:
         progress.advance(2)
         progress.say("by the way")
-        progress.say("warning: careful", important=True)
+        progress.warn("warning: careful")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "warning: careful\n")
 
@@ -85,7 +85,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch: pytest.MonkeyPatc
         patch.setattr(sys, "stderr", terminal)
         with Progress(10, "training", unit="steps", done=4, quiet=quiet) as progress:
             progress.advance(6)
-            progress.say("saved", important=True)
+            progress.warn("saved")
     shown = _read_to_the_end(ours)
     assert "saved\r\n" in shown
     assert ("training: 100%" in shown and "10/10" in shown) is not quiet

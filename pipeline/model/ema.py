@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from ema_pytorch import EMA
 from torch import Tensor, nn
@@ -46,12 +44,7 @@ def ema_state(ema: EMA) -> tuple[dict[str, Tensor], int]:
     return ema.ema_model.state_dict(), int(ema.step)
 
 
-def load_ema_state(ema: EMA, weights: Mapping[str, Tensor], updates: int) -> None:
-    """Makes `ema` go on from what `ema_state` gave.
-
-    Raises:
-        RuntimeError: names or shapes differ from the model's.
-    """
-    ema.ema_model.load_state_dict(weights)
+def set_updates(ema: EMA, updates: int) -> None:
+    """Makes `ema` go on as after so many updates, from the weights that were put into it."""
     ema.step.fill_(updates)
     ema.initted.fill_(updates > 0)

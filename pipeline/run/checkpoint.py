@@ -3,7 +3,7 @@
 `RUN/checkpoints/step_00012000/` holds model, ema and optimizer as safetensors, `state.json`, and last of all
 `manifest.json` with the size and sha256 of each. A checkpoint exists if and only if its manifest is there and all of
 them agree; one rule for local directories and object stores, with nothing to rename. The tensors' files are a function
-of the step alone. There is no pickle.
+of the step alone. There is no pickle, and nothing here needs torch before tensors are read.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
-from pipeline.errors import ConfigError, NoCheckpoint
+from pipeline.errors import ConfigError, DataError, NoCheckpoint, Superseded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 _NAME = re.compile(r"step_(\d{8,})")
@@ -36,45 +38,81 @@ class Checkpoint:
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Name → CPU tensor of one part: model, ema or optimizer."""
+        import safetensors.torch
+
         tensors: dict[str, Tensor] = safetensors.torch.load(
             storage.read_bytes(storage.join(self.path, f"{part}.safetensors"))
         )
         return tensors
+
+    def restore(self, part: str, live: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of one part into live ones of the same names and shapes."""
+        saved = self.tensors(part)
+        for name, tensor in live.items():
+            tensor.copy_(saved[name])
 
     def state(self) -> dict[str, Any]:
         """What is not a tensor: configuration, position in the data, versions."""
         return dict(storage.read_json(storage.join(self.path, "state.json")))
 
 
-def write(run_dir: str, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Checkpoint:
+def write(
+    run_dir: str,
+    step: int,
+    files: Mapping[str, Sequence[bytes | memoryview]],
+    *,
+    generation: int = 0,
+    may_write: Callable[[], None] = lambda: None,
+) -> Checkpoint:
     """Save a checkpoint; it exists once this returns, and not before.
 
     Args:
         run_dir: the run.
         step: finished steps.
-        parts: file stem → name → tensor.
-        state: JSON values.
+        files: file name → its content, in pieces.
+        generation: of the writer's hold on the run.
+        may_write: called before each file; raises if the run has gone over to another job.
 
     Raises:
-        DataError: no space left; an older checkpoint is untouched.
+        DataError: no space left, or not permitted; an older checkpoint is untouched.
+        Superseded: as `may_write` says.
     """
-    path = storage.join(run_dir, "checkpoints", f"step_{step:08d}")
+    root = storage.join(run_dir, "checkpoints")
+    path = storage.join(root, f"step_{step:08d}")
+    needed, free = sum(len(piece) for pieces in files.values() for piece in pieces), storage.free_bytes(run_dir)
+    if free is not None and free < needed:
+        raise DataError(f"cannot write {path}: it takes {needed:,} bytes and {free:,} are free: make room")
+    may_write()
+    storage.remove(path)  # the remains of a killed save, or one that was rejected when the run went on from before it
+    manifest: dict[str, Any] = {"version": VERSION, "step": step, "generation": generation, "files": {}}
     try:
-        return _validated(path)
-    except _InvalidError:
-        storage.remove(path)  # the remains of a killed save, or damaged; nothing valid is ever overwritten
-    files = {f"{part}.safetensors": _to_bytes(tensors) for part, tensors in parts.items()}
-    files["state.json"] = (json.dumps(state, indent=1) + "\n").encode()
-    manifest: dict[str, Any] = {"version": VERSION, "step": step, "files": {}}
-    try:
-        for name, data in files.items():
-            storage.write_bytes(storage.join(path, name), data)
-            manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, pieces in files.items():
+            may_write()
+            digest, size = hashlib.sha256(), 0
+            with storage.publishing(storage.join(path, name)) as file:
+                for piece in pieces:
+                    file.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+            manifest["files"][name] = {"bytes": size, "sha256": digest.hexdigest()}
+        if not storage.is_remote(root):
+            storage.sync_dir(root)
+        may_write()
         storage.write_json(storage.join(path, _MANIFEST), manifest)
-    except BaseException:
-        storage.remove(path)
+    except Superseded:
+        raise  # what lies there may be the other job's by now
+    except Exception:
+        with suppress(DataError, OSError):
+            storage.remove(path)
         raise
     return Checkpoint(path, step, storage.sha256(storage.join(path, _MANIFEST)))
+
+
+def committed_step(run_dir: str) -> int:
+    """The newest step whose checkpoint was committed, without a look at its bytes; 0 if there is none."""
+    root = storage.join(run_dir, "checkpoints")
+    committed = (n for n in reversed(_names(run_dir)) if storage.exists(storage.join(root, n, _MANIFEST)))
+    return next(map(_step, committed), 0)
 
 
 def newest(run_dir: str) -> tuple[Checkpoint | None, list[str]]:
@@ -123,10 +161,16 @@ def keep(checkpoint: Checkpoint) -> None:
     storage.write_bytes(storage.join(checkpoint.path, _KEEP), b"")
 
 
-def retain(run_dir: str, keep_last: int, keep_every: int) -> None:
+def retain(run_dir: str, keep_last: int, keep_every: int, *, sound: Iterable[str] = ()) -> None:
     """Remove all but the newest `keep_last` checkpoints, milestones at multiples of `keep_every`, and kept ones.
 
     Only valid checkpoints count, so damaged ones and the remains of failed saves never push a good one out.
+
+    Args:
+        run_dir: the run.
+        keep_last: so many of the newest stay.
+        keep_every: 0 for no milestones.
+        sound: paths that need not be read again, as this process has written or read them in full.
     """
     root, valid = storage.join(run_dir, "checkpoints"), 0
     for name in reversed(_names(run_dir)):
@@ -134,7 +178,7 @@ def retain(run_dir: str, keep_last: int, keep_every: int) -> None:
         committed = storage.exists(storage.join(path, _MANIFEST))
         milestone = keep_every > 0 and _step(name) % keep_every == 0
         if valid < keep_last:
-            valid += _reason_against(path) is None
+            valid += committed and (path in sound or _reason_against(path) is None)
         elif not committed or not (milestone or storage.exists(storage.join(path, _KEEP))):
             storage.remove(storage.join(path, _MANIFEST))  # first, so that a kill in between leaves no half one
             storage.remove(path)
@@ -197,8 +241,3 @@ def _names(run_dir: str) -> list[str]:
 
 def _step(name: str) -> int:
     return int(name.removeprefix("step_"))
-
-
-def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
-    data: bytes = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    return data

@@ -15,6 +15,7 @@ MAY_CHANGE = (
     "data.val_shards",
     "data.workers",
     "train.steps",
+    "train.global_batch",
     "train.device",
     "train.micro_batch",
     "train.checkpointing",
@@ -26,7 +27,7 @@ MAY_CHANGE = (
 _RATE_KEYS = {"train.lr", "train.lr_schedule", "train.lr_stages", "train.warmup_steps"}
 
 
-def check_same_run(old: Config, new: Config, steps_done: int, insist: Collection[str] = ()) -> None:
+def check_same_run(old: Config, new: Config, steps_done: int, insist: Collection[str] = ()) -> list[str]:
     """Refuse settings under which the finished steps would have been others.
 
     Args:
@@ -34,6 +35,9 @@ def check_same_run(old: Config, new: Config, steps_done: int, insist: Collection
         new: what is asked for now.
         steps_done: finished steps.
         insist: keys that may differ all the same.
+
+    Returns:
+        What is allowed but worth a warning, a line each.
 
     Raises:
         ConfigError: with the difference, and which keys may change.
@@ -47,7 +51,8 @@ def check_same_run(old: Config, new: Config, steps_done: int, insist: Collection
         for key, values in differences(old, new).items()
         if not key.startswith(MAY_CHANGE) and key not in insist
     }
-    if changed.keys() & _RATE_KEYS and same_past(old.train, new.train, steps_done):
+    past_is_same = same_past(old.train, new.train, steps_done)
+    if past_is_same:
         changed = {key: values for key, values in changed.items() if key not in _RATE_KEYS}
     if changed:
         diff = "; ".join(f"{key}: {before} -> {after}" for key, (before, after) in changed.items())
@@ -57,3 +62,6 @@ def check_same_run(old: Config, new: Config, steps_done: int, insist: Collection
             f"{' '.join(f'--override {key}' for key in changed)}; free to change are {free}, and the learning rates of "
             "steps to come"
         )
+    if not past_is_same and not _RATE_KEYS & set(insist):
+        return [f"with train.steps={new.train.steps} the learning rates of the finished steps would have been others"]
+    return []

@@ -1,35 +1,83 @@
-"""A request to stop, however it arrives: a signal becomes a flag that the job looks at between two steps."""
+"""A request to stop, however it arrives, becomes a flag that the job looks at between two steps.
+
+It comes as a signal; as the file that `DDPM_STOP_FILE` names, which a batch script creates; as the time
+`DDPM_DEADLINE`, in Unix seconds, at which the job will be killed; or by the end of the launcher that started this
+process, which would otherwise live on with nobody to stop it.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from pipeline import storage
+from pipeline.errors import PipelineError
+from pipeline.run.background import Every
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+STOP_FILE, DEADLINE, NO_LAUNCHER, CONTROL_FILE = "the stop file", "the deadline", "the launcher is gone", "control/stop"
+REASONS = ("", *(number.name for number in SIGNALS), STOP_FILE, DEADLINE, NO_LAUNCHER, CONTROL_FILE)
+"""All that a request can be; ranks tell each other by number."""
+
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")
+_LOOK_EVERY_S = 1.0
 
 
 class Interrupt:
-    """While entered, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 only set `requested`.
+    """While entered, the stop signals only set `requested`, and so does whatever else asks for a stop.
 
-    The second Ctrl-C does not wait for the step: it raises KeyboardInterrupt.
+    The second Ctrl-C does not wait for the step: it raises KeyboardInterrupt. SIGHUP stays ignored under nohup.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        """One of REASONS."""
+        self.lead_s = 30.0
+        """So long before the deadline the stop is asked for: what a step and a save take."""
+        self.control_file: str | None = None
+        """A file whose appearance is a request too; looked at by one process of a job."""
+        self._deadline = float(os.environ.get("DDPM_DEADLINE") or "inf")
+        self._stop_file = os.environ.get("DDPM_STOP_FILE")
+        self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Interrupt:
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
+        self._look()
+        self._watch = Every(_LOOK_EVERY_S, self._look, "interrupt")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watch.stop()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # as signal.signal returned it
+
+    def end_within(self, seconds: float) -> None:
+        """Ask for a stop `lead_s` before so much time is over, if the deadline is not earlier."""
+        self._deadline = min(self._deadline, time.time() + seconds)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested == "SIGINT":
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+
+    def _look(self) -> None:
+        if self.requested:
+            return
+        if self._stop_file and os.path.exists(self._stop_file):
+            self.requested = STOP_FILE
+        elif time.time() > self._deadline - self.lead_s:
+            self.requested = DEADLINE
+        elif self._launcher is not None and os.getppid() != self._launcher:
+            self.requested = NO_LAUNCHER
+        elif self.control_file:
+            with suppress(PipelineError, OSError):  # a mount that is away for a moment
+                if storage.exists(self.control_file):
+                    self.requested = CONTROL_FILE

@@ -24,7 +24,7 @@ def micro_batches(share: int, device: torch.device) -> list[int]:
 
 
 def what_fits(
-    attempt: Callable[[Policy, int], None], policies: Sequence[Policy], sizes: Sequence[int]
+    fits: Callable[[Policy, int], bool], policies: Sequence[Policy], sizes: Sequence[int]
 ) -> tuple[Policy, int]:
     """The first (policy, micro-batch) that does not run out of memory; larger micro-batches before cheaper policies.
 
@@ -32,7 +32,7 @@ def what_fits(
     so each policy may halve once before the next is tried, and all sizes are tried under the last.
 
     Args:
-        attempt: runs one forward and backward pass; raises torch.OutOfMemoryError if it does not fit.
+        fits: runs one forward and backward pass on every rank; whether none ran out of memory.
         policies: cheapest first.
         sizes: largest first.
 
@@ -41,11 +41,7 @@ def what_fits(
     """
     for policy in policies:
         for size in sizes if policy == policies[-1] else sizes[:2]:
-            try:
-                attempt(policy, size)
-            except torch.OutOfMemoryError:
-                pass  # the error holds the tensors that did not fit until it is left
-            else:
+            if fits(policy, size):
                 return policy, size
             gc.collect()
             torch.cuda.empty_cache()
@@ -60,3 +56,9 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """Leave out of `peak_bytes` what trials took."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -30,6 +30,7 @@ class Meter:
     def _clear(self) -> None:
         self._losses.zero_()
         self._grad_norm.zero_()
+        self._finite_norms = torch.zeros_like(self._grad_norm)
         self._steps, self._wait_s, self._since = 0, 0.0, time.perf_counter()
 
     def add(self, losses: Tensor, t: Tensor, grad_norm: Tensor, wait_s: float) -> None:
@@ -41,6 +42,7 @@ class Meter:
         self._losses[0].index_add_(0, quartile, torch.where(finite, losses, 0).to(torch.float64))
         self._losses[1].index_add_(0, quartile, finite.to(torch.float64))
         self._grad_norm += grad_norm.nan_to_num(0.0, 0.0, 0.0)
+        self._finite_norms += grad_norm.isfinite()
         self._wait_s += wait_s
         self._steps += 1
 
@@ -52,7 +54,7 @@ class Meter:
         self._since += time.perf_counter() - started
 
     def read(self, total: Callable[[Tensor], Tensor], global_batch: int) -> dict[str, float]:
-        """The figures since the last reading.
+        """The figures since the last reading; what was never finite is left out.
 
         Args:
             total: elementwise sum over the ranks.
@@ -60,13 +62,14 @@ class Meter:
         """
         seconds = time.perf_counter() - self._since
         sums, counts = total(self._losses).tolist()
-        steps = max(self._steps, 1)
         figures = {
-            "train/loss": sum(sums) / max(sum(counts), 1.0),
-            "train/grad_norm": float(self._grad_norm) / steps,
             "speed/images_per_s": global_batch * self._steps / max(seconds, 1e-9),
             "speed/data_wait_share": min(1.0, self._wait_s / max(seconds, 1e-9)),
         }
+        if sum(counts):
+            figures["train/loss"] = sum(sums) / sum(counts)
+        if norms := int(self._finite_norms):
+            figures["train/grad_norm"] = float(self._grad_norm) / norms
         bounds = [math.ceil(self._timesteps * i / QUARTILES) for i in range(QUARTILES + 1)]
         for i, (loss, count) in enumerate(zip(sums, counts)):
             if count:

@@ -17,7 +17,7 @@ class Progress:
         job: what is being done, such as "sharding".
         unit: plural of what is counted, such as "images".
         done: units already done by an earlier start.
-        quiet: show nothing but what is passed to `say` as important.
+        quiet: show nothing but warnings.
         every_s: seconds between plain lines.
     """
 
@@ -57,10 +57,14 @@ class Progress:
             tail = f", {self._notes}" if self._notes else ""
             self._write(f"{self._job}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s{tail}")
 
-    def say(self, line: str, *, important: bool = False) -> None:
-        """A line of its own, above the bar if there is one; with `--quiet` only if it is important."""
-        if important or not self._quiet:
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        if not self._quiet:
             self._write(line)
+
+    def warn(self, line: str) -> None:
+        """The same, also with `--quiet`."""
+        self._write(line)
 
     def _write(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)

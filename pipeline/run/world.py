@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 from torch import Tensor
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError, PipelineError
+
+T = TypeVar("T")
+
+_KINDS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,12 @@ class World:
         """Whether this rank speaks, logs and saves for all."""
         return self.rank == 0
 
-    def agree(self, *flags: bool | Tensor) -> list[bool]:
-        """For each flag, whether any rank raised it. One small all-reduce; no rank may skip it."""
-        raised = torch.stack([torch.as_tensor(flag, device=self.device).to(torch.float32) for flag in flags])
+    def agree(self, *values: int | bool | Tensor) -> list[int]:
+        """The highest of each value over the ranks. One small all-reduce; no rank may skip it."""
+        highest = torch.stack([torch.as_tensor(value, device=self.device).to(torch.int32) for value in values])
         if self.size > 1:
-            dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in raised.tolist()]
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return [int(value) for value in highest.tolist()]
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the ranks, on all of them."""
@@ -59,6 +64,21 @@ class World:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def ask(self, question: Callable[[], T]) -> T:
+        """Rank 0's answer, on all ranks; or its error, raised on all of them."""
+        answer: T | PipelineError | None = None
+        if self.is_main:
+            try:
+                answer = question()
+            except PipelineError as error:
+                answer = error
+            except OSError as error:
+                answer = DataError(f"{error}: look at that place, then run the same command again")
+        answer = self.tell(answer)
+        if isinstance(answer, PipelineError):
+            raise answer
+        return cast(T, answer)
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite each tensor with rank 0's, in place; every rank passes the same shapes in the same order."""
         if self.size > 1:
@@ -70,6 +90,11 @@ class World:
     def leave(self) -> None:
         """Part in good order, so that no rank sees another vanish."""
         self.accelerator.end_training()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, silent or out of reach."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def enter(device: str, timeout_s: float) -> World:
@@ -98,12 +123,17 @@ def enter(device: str, timeout_s: float) -> World:
         mixed_precision="no",  # autocast is entered where the network is called, not patched into it
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     if accelerator.num_processes != launched:
         raise ConfigError(
             f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: launch with "
             "--multi_gpu (also on CPU), and --num_machines, --machine_rank, --main_process_ip on several nodes"
+        )
+    if accelerator.distributed_type not in _KINDS:
+        raise ConfigError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, this trainer is plain data-parallel: "
+            "launch with --multi_gpu, or with a file of launch/accelerate"
         )
     return World(accelerator, accelerator.process_index, launched, accelerator.device)
