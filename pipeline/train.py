@@ -195,7 +195,7 @@ def _report(trainer: Trainer, position: Position, meter: Meter, batches: Batches
             "train/lr": learning_rate(position.step - 1, config.train),
             "train/bad_steps": float(position.bad_steps),
             "memory/peak_gib": memory.peak_bytes(ranks.device) / 2**30,
-            "io/retries": float(ranks.sum(torch.tensor(getattr(batches, "io_retries", 0), device=ranks.device))),
+            "io/retries": float(ranks.sum(torch.tensor(batches.io_retries, device=ranks.device))),
         }
         around.progress.note(
             f"loss {figures.get('train/loss', float('nan')):.4f}, {figures['speed/images_per_s']:.3g} images/s"
@@ -333,7 +333,7 @@ def _open_validation(config: Config, ranks: World) -> Batch | None:
         return None
     shards = ShardSet.open(config.data.val_shards)
     _check_data(config, shards)
-    return read_all(shards, config.run.val_samples)
+    return read_all(shards, config.run.val_samples, (ranks.rank, ranks.size))
 
 
 def _write_done(config: Config, step: int) -> None:

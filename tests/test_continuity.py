@@ -39,7 +39,8 @@ CHANGES: dict[str, Any] = {
     "run.dir": "runs/b", "run.checkpoint_every": 7, "run.keep_last": 5, "run.log_every": 3,
 }  # fmt: skip
 FREE = {
-    "data.shards", "data.val_shards", "data.workers", "train.global_batch", "train.steps", "train.micro_batch", "train.checkpointing",
+    "data.shards", "data.val_shards", "data.workers", "train.global_batch", "train.steps",
+    "train.micro_batch", "train.checkpointing",
     "train.compile", "train.init_from", "train.device", "train.max_bad_steps", "sample.sampler", "sample.batch",
     "run.dir", "run.checkpoint_every", "run.keep_last", "run.log_every",
 }  # fmt: skip
