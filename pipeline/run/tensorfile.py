@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 _NAMES = {
-    torch.float64: "F64",
     torch.int64: "I64",
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
@@ -23,13 +23,14 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""In the order of the library's own files, so that a tensor is aligned to its width."""
 _ALIGNMENT = 8
 
 
 class TensorFile:
     """The bytes of a safetensors file for tensors of these names, types and shapes.
 
-    The same bytes as `safetensors.torch.save` gives: widest types first, then by name.
+    The same bytes as `safetensors.torch.save` gives: by type, widest first, then by name.
 
     Args:
         tensors: like those to come.
@@ -37,7 +38,8 @@ class TensorFile:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, pin: bool = False) -> None:
-        ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+        types = list(_NAMES)
+        ordered = sorted(tensors.items(), key=lambda item: (types.index(item[1].dtype), item[0]))
         entries, end = {}, 0
         for name, tensor in ordered:
             start, end = end, end + tensor.numel() * tensor.element_size()
