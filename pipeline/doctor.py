@@ -244,11 +244,10 @@ def as_text(report: dict[str, Any]) -> str:
         ]
         rows += [("  or", here["slurm_command"])] if here["slurm_command"] else []
     if run:
-        holder = run["holder"]
         rows += [
             (f"run {run['path']}", ""),
             ("  state", f"{run['state']}, newest checkpoint at step {run['step']}"),
-            ("  held by", f"process {holder['pid']} on {holder['host']}" if holder else "nobody"),
+            ("  held by", run["holder"] or "nobody"),
             ("  last save", "not known" if run["save_s"] is None else f"{run['save_s']:.1f} s"),
         ]
     rows.append(("findings", "" if report["findings"] else "none"))
@@ -332,18 +331,17 @@ def _cpu_has_bf16() -> bool:
 def _look_at_run(path: str) -> dict[str, Any]:
     """Where a run stands: state, newest step, lanes, who holds it, and how long its last save took."""
     from pipeline import storage
-    from pipeline.run import checkpoint, lease
+    from pipeline.run import checkpoint, failure, lease
 
     if not storage.is_dir(path):
         raise ConfigError(f"{path}: no such run: give the run.dir of one")
     step = checkpoint.committed_step(path)
-    failed, stopped = storage.join(path, "FAILED.json"), storage.join(path, "control", "stopped.json")
+    stopped = storage.join(path, "control", "stopped.json")
     state, lanes, save_s = "new" if step == 0 else "to be resumed", None, None
     if storage.exists(storage.join(path, "DONE")):
         state = "done"
-    elif storage.exists(failed):
-        failure = storage.read_json(failed)
-        state = f"failed on rank {failure['rank']} ({failure['host']}) at step {failure['step']}: {failure['error']}"
+    elif failed := failure.read(path):
+        state = f"failed on rank {failed['rank']} ({failed['host']}) at step {failed['step']}: {failed['error']}"
     elif storage.exists(stopped):
         state = f"stopped on request ({storage.read_json(stopped)['reason']})"
     if step:

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ import pytest
 
 from pipeline import doctor
 from pipeline.doctor import Gpu, Machine
+from pipeline.run.lease import Lease
 from tests.launch import ENVIRONMENT, TINY, ddpm
 
 H100 = Gpu("H100", 80 << 30, (9, 0))
@@ -167,6 +169,13 @@ def copy(tiny_run: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_run, run)
     (run / "DONE").unlink()
     return run
+
+
+def test_a_held_run(copy: Path) -> None:
+    with Lease(str(copy), lambda _: None):
+        assert doctor.examine(str(copy))["run"]["holder"] == f"process {os.getpid()} on {socket.gethostname()}"
+        assert f"held by    process {os.getpid()} on" in doctor.as_text(doctor.examine(str(copy)))
+    assert doctor.examine(str(copy))["run"]["holder"] is None
 
 
 def test_a_failed_run(copy: Path) -> None:
