@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline import storage
-from pipeline.errors import ConfigError, DataError, NoCheckpoint
+from pipeline import configfile, storage
+from pipeline.errors import ConfigError, DataError, NoCheckpoint, Superseded
 from pipeline.run import checkpoint
-from pipeline.run.checkpoint import find, keep, newest, retain, verify, write
+from pipeline.run.checkpoint import committed_step, find, keep, newest, retain, verify, write
+from pipeline.run.tensorfile import TensorFile
+from pipeline.trainer import Position
 
+GOLDEN = Path(__file__).parent / "golden" / "format_1"
 FILES = ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"]
 
 
@@ -35,8 +34,17 @@ def parts(step: int) -> dict[str, dict[str, Tensor]]:
     return {"model": weights, "ema": ema, "optimizer": optimizer}
 
 
+def files(parts: Mapping[str, Mapping[str, Tensor]], state: object) -> dict[str, list[bytes | memoryview]]:
+    """What is written of them, as the saver lays it out."""
+    laid_out = {part: TensorFile(tensors) for part, tensors in parts.items()}
+    for part, tensors in parts.items():
+        laid_out[part].fill(tensors)
+    content = {f"{part}.safetensors": file.pieces() for part, file in laid_out.items()}
+    return content | {"state.json": [json.dumps(state).encode()]}
+
+
 def save(run: str, step: int) -> checkpoint.Checkpoint:
-    return write(run, step, parts(step), {"step": step, "config": "train: {}\n"})
+    return write(run, step, files(parts(step), {"step": step, "config": "train: {}\n"}))
 
 
 def folder(run: str, step: int) -> str:
@@ -63,150 +71,6 @@ def run(tmp_path: Path) -> Iterator[str]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as directory:
         yield f"{directory}/run"
-
-
-# --- a process that dies ---
-
-
-def die_at(operation: int, work: Callable[[], object], root: str) -> bool:
-    """Run `work` in a child that is killed just before its n-th change under `root`; whether it lived to the end."""
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def audit(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal count
-            writes = event == "open" and str(arguments[0]).startswith(root) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-                if count == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
-
-        sys.addaudithook(audit)
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL, "the work itself failed"
-    return status == 0
-
-
-def crash_points(work: Callable[[], object], root: str, prepare: Callable[[], object]) -> Iterator[tuple[int, bool]]:
-    """Prepare and die at operation 0, 1, …: yields each with whether `work` lived, which it does the last time."""
-    operation, lived = 0, False
-    while not lived:
-        shutil.rmtree(root, ignore_errors=True)
-        prepare()
-        lived = die_at(operation, work, root)
-        yield operation, lived
-        operation += 1
-
-
-@pytest.fixture
-def whole(tmp_path: Path) -> dict[str, bytes]:
-    """What an undisturbed save of step 20 leaves."""
-    save(str(tmp_path / "undisturbed"), 20)
-    return content(str(tmp_path / "undisturbed"), 20)
-
-
-def test_killed_at_any_operation_of_a_save_the_run_goes_on_from_the_right_step(
-    run: str, whole: dict[str, bytes]
-) -> None:
-    deaths, committed = 0, []
-    for _, lived in crash_points(lambda: save(run, 20), run, lambda: save(run, 10)):
-        deaths += not lived
-        found, rejected = newest(run)
-        complete = storage.exists(storage.join(folder(run, 20), "manifest.json"))
-        committed.append(complete)
-        assert_holds(found, 20 if complete else 10)
-        begun = storage.exists(folder(run, 20))
-        assert rejected == (["ignored step_00000020: no manifest.json"] if begun and not complete else [])
-        save(run, 20)  # the next start
-        assert content(run, 20) == whole
-        assert verify(run) == []
-    assert deaths >= 2 * len([*FILES, "manifest.json"])  # each file was begun and was named at least
-    assert (
-        committed == sorted(committed) and committed[-1] and not committed[-2]
-    )  # the manifest's name is the last change
-
-
-def test_killed_in_the_first_save_the_run_starts_anew(run: str, whole: dict[str, bytes]) -> None:
-    for _, lived in crash_points(lambda: save(run, 20), run, lambda: None):
-        found, _ = newest(run)
-        assert found is None or storage.exists(storage.join(found.path, "manifest.json"))
-        assert (found is not None) == lived
-        save(run, 20)
-        assert content(run, 20) == whole
-
-
-def test_killed_while_a_damaged_checkpoint_is_replaced_nothing_is_lost(run: str, whole: dict[str, bytes]) -> None:
-    def damaged() -> None:
-        save(run, 10)
-        save(run, 20)
-        Path(folder(run, 20), "ema.safetensors").write_bytes(b"")
-
-    for _, lived in crash_points(lambda: save(run, 20), run, damaged):
-        assert_holds(newest(run)[0], 20 if lived else 10)
-        save(run, 20)
-        assert content(run, 20) == whole
-
-
-def test_killed_at_any_operation_of_retention_the_newest_stay(run: str) -> None:
-    def prepare() -> None:
-        for step in (10, 20, 30, 40):
-            save(run, step)
-            for name in FILES:  # newer than the manifest: a directory may list, and so lose, the newest first
-                path = Path(folder(run, step), name)
-                data = path.read_bytes()
-                path.unlink()
-                path.write_bytes(data)
-
-    deaths = 0
-    for _, lived in crash_points(lambda: retain(run, 2, 0), run, prepare):
-        deaths += not lived
-        found, rejected = newest(run)
-        assert_holds(found, 40)
-        assert rejected == []
-        assert all(finding.endswith("no manifest.json") for finding in verify(run))  # no half checkpoint looks whole
-        retain(run, 2, 0)
-        assert_holds(find(folder(run, 30))[0], 30)
-        assert {30, 40} <= set(kept(run))
-    assert deaths >= 12
-
-
-def test_the_remains_of_a_killed_retention_are_removed_by_the_next(run: str) -> None:
-    for step in (10, 20, 30):
-        save(run, step)
-    storage.remove(storage.join(folder(run, 10), "manifest.json"))  # killed here
-    retain(run, 2, 0)
-    assert kept(run) == [20, 30]
-
-
-def test_a_disk_that_fails_at_any_write_leaves_the_older_checkpoint_and_no_remains(
-    run: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for failing in range(len(FILES) + 1):
-        shutil.rmtree(run, ignore_errors=True)
-        save(run, 10)
-        calls, write_bytes = 0, storage.write_bytes
-
-        def full(url: str, data: bytes, failing: int = failing, write_bytes: Callable[..., None] = write_bytes) -> None:
-            nonlocal calls
-            calls += 1
-            if calls > failing:
-                raise DataError(f"cannot write {url}: no space left")
-            write_bytes(url, data)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(storage, "write_bytes", full)
-            with pytest.raises(DataError, match="no space left"):
-                save(run, 20)
-        assert not storage.exists(folder(run, 20))  # so that it does not hold the space the next attempt needs
-        assert_holds(newest(run)[0], 10)
-        save(run, 20)
-        assert_holds(newest(run)[0], 20)
 
 
 # --- files that rot ---
@@ -316,6 +180,39 @@ def test_a_newer_format_is_refused_with_both_versions(run: str) -> None:
             look(run)
 
 
+def test_a_manifest_of_another_step_is_not_believed(run: str) -> None:
+    save(run, 10)
+    shutil.copytree(folder(run, 10), folder(run, 20))
+    found, rejected = newest(run)
+    assert_holds(found, 10)
+    assert rejected == ["ignored step_00000020: manifest.json is damaged"]
+
+
+def test_a_checkpoint_of_format_1_loads_for_ever() -> None:
+    """Made when the format was. If this fails, runs that people have can not go on: mend the reader, not the files."""
+    found, rejected = find(str(GOLDEN))
+    assert (found.step, rejected, verify(str(GOLDEN))) == (12, [], [])
+    count = torch.arange(12.0)
+    expected = {
+        "model": {"conv.weight": count.reshape(3, 2, 1, 2) / 8, "conv.bias": count[:3] - 1},
+        "ema": {"conv.weight": count.reshape(3, 2, 1, 2) / 16, "conv.bias": count[:3]},
+        "optimizer": {
+            "exp_avg.conv.bias": count[:3] / 4,
+            "exp_avg_sq.conv.bias": count[:3].square(),
+            "step.conv.bias": torch.tensor(12.0),
+        },
+    }
+    for part, tensors in expected.items():
+        live = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        found.restore(part, live)
+        assert all(torch.equal(live[name], tensor) for name, tensor in tensors.items())
+        assert found.tensors(part).keys() == tensors.keys()
+    state = found.state()
+    position = Position(**state["position"])
+    assert (position.step, position.samples, position.lanes, state["data_samples"]) == (12, 144, 12, 1797)
+    assert configfile.parse(state["config"]).train.global_batch == 12
+
+
 # --- what is where ---
 
 
@@ -345,7 +242,7 @@ def test_tensors_keep_type_and_shape(run: str) -> None:
         "scalar": torch.tensor(0.1),
         "empty": torch.zeros(0, 3),
     }
-    got = write(run, 1, {"model": tensors}, {}).tensors("model")
+    got = write(run, 1, files({"model": tensors}, {})).tensors("model")
     assert got.keys() == tensors.keys()
     for name, value in tensors.items():
         assert got[name].dtype == value.dtype and torch.equal(got[name], value) and got[name].shape == value.shape
@@ -356,9 +253,12 @@ def test_equal_tensors_give_equal_bytes_whatever_their_history(run: str, tmp_pat
     x, y = torch.randn(4, 3, 2, 2), torch.randn(5)
     plain = {"x": x, "y": y}
     other = {"y": y.clone().requires_grad_(), "x": x.to(memory_format=torch.channels_last)}
-    first = write(run, 7, {"model": plain, "ema": plain, "optimizer": plain}, {"world_size": 1})
+    first = write(run, 7, files({"model": plain, "ema": plain, "optimizer": plain}, {"world_size": 1}))
     second = write(
-        str(tmp_path / "elsewhere"), 7, {"optimizer": other, "ema": other, "model": other}, {"world_size": 2}
+        str(tmp_path / "elsewhere"),
+        7,
+        files({"optimizer": other, "ema": other, "model": other}, {"world_size": 2}),
+        generation=3,
     )
     for part in ("model", "ema", "optimizer"):
         one, two = (storage.read_bytes(f"{found.path}/{part}.safetensors") for found in (first, second))
@@ -381,7 +281,7 @@ def test_the_manifest_says_size_and_hash_of_each_file(run: str) -> None:
     save(run, 10)
     files = content(run, 10)
     manifest = json.loads(files.pop("manifest.json"))
-    assert (manifest["version"], manifest["step"]) == (1, 10)
+    assert (manifest["version"], manifest["step"], manifest["generation"]) == (1, 10, 0)
     assert manifest["files"] == {
         n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()
     }
@@ -390,17 +290,61 @@ def test_the_manifest_says_size_and_hash_of_each_file(run: str) -> None:
 def test_a_checkpoint_is_identified_by_what_it_holds(run: str, tmp_path: Path) -> None:
     same, other = (
         save(str(tmp_path / "a"), 10),
-        write(str(tmp_path / "b"), 10, parts(11), {"step": 10, "config": "train: {}\n"}),
+        write(str(tmp_path / "b"), 10, files(parts(11), {"step": 10, "config": "train: {}\n"})),
     )
     assert save(run, 10).manifest_sha256 == same.manifest_sha256 != other.manifest_sha256
     assert find(run)[0].manifest_sha256 == same.manifest_sha256
 
 
-def test_a_valid_checkpoint_is_never_overwritten(run: str) -> None:
+def test_a_step_that_is_written_again_is_replaced_as_a_whole(place: str) -> None:
+    """After a rollback past a damaged one: no file of the earlier attempt is left among the new ones."""
+    write(place, 20, files(parts(99) | {"scaler": parts(99)["model"]}, {"step": 99}))
+    assert_holds(save(place, 20), 20)
+    assert_holds(newest(place)[0], 20)
+    assert sorted(content(place, 20)) == sorted([*FILES, "manifest.json"])
+
+
+def test_no_room_is_told_in_bytes_before_anything_is_touched(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save(run, 10)
-    before = content(run, 10)
-    write(run, 10, parts(99), {"step": 99})
-    assert content(run, 10) == before
+    needed = sum(map(len, content(run, 10).values())) - len(content(run, 10)["manifest.json"])
+    monkeypatch.setattr(storage, "free_bytes", lambda url: needed - 1)
+    with pytest.raises(DataError) as caught:
+        save(run, 20)
+    assert str(caught.value) == (
+        f"cannot write {folder(run, 20)}: it takes {needed:,} bytes and {needed - 1:,} are free: make room"
+    )
+    assert storage.listdir(storage.join(run, "checkpoints")) == ["step_00000010"]
+    monkeypatch.setattr(storage, "free_bytes", lambda url: needed)
+    assert_holds(save(run, 20), 20)
+
+
+def test_who_has_lost_the_run_commits_nothing_however_late_it_is_told(place: str) -> None:
+    """And removes nothing: what lies there may be the next holder's by then."""
+    for told_at in range(len(FILES) + 2):
+        save(place, 10)
+        calls = 0
+
+        def may_write(told_at: int = told_at) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > told_at:
+                raise Superseded("another job")
+
+        with pytest.raises(Superseded):
+            write(place, 20, files(parts(20), {"step": 20}), may_write=may_write)
+        assert not storage.exists(storage.join(folder(place, 20), "manifest.json"))
+        assert len(storage.listdir(folder(place, 20))) == max(0, told_at - 1)
+        assert_holds(newest(place)[0], 10)
+        storage.remove(place)
+
+
+def test_the_newest_committed_step_is_known_without_reading_it(place: str) -> None:
+    assert committed_step(place) == 0
+    for step in (10, 20, 30):
+        save(place, step)
+    storage.remove(storage.join(folder(place, 30), "manifest.json"))
+    storage.write_bytes(storage.join(folder(place, 20), "model.safetensors"), b"")
+    assert committed_step(place) == 20
 
 
 def test_steps_are_ordered_as_numbers_and_other_names_ignored(run: str) -> None:
@@ -463,3 +407,18 @@ def test_damaged_checkpoints_do_not_push_a_good_one_out(run: str) -> None:
         rot(Path(folder(run, step), "model.safetensors"), "empty")
     retain(run, keep_last=2, keep_every=0)
     assert_holds(newest(run)[0], 20)
+
+
+def test_retention_reads_what_it_knows_not_and_nothing_else(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing gigabytes after each save would take longer than the save."""
+    paths = [save(run, step).path for step in (10, 20, 30, 40)]
+    hashed, sha256 = [], storage.sha256
+
+    def counting(url: str) -> str:
+        hashed.append(url.rpartition("/")[0])
+        return sha256(url)
+
+    monkeypatch.setattr(storage, "sha256", counting)
+    retain(run, 3, 0, sound=[paths[3], paths[1]])
+    assert kept(run) == [20, 30, 40]
+    assert hashed == [paths[2]] * len(FILES)
