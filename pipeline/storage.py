@@ -317,15 +317,20 @@ def _remove_folders(fs: fsspec.AbstractFileSystem, path: str) -> None:
 
 
 def sync_dir(directory: str) -> None:
-    """Make renames in a local directory survive a power cut, where its file system can."""
-    descriptor = os.open(local(directory), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(descriptor)
+    """Make renames in a local directory survive a power cut, where its file system can.
+
+    Raises:
+        DataError: it has failed.
+    """
+    with _explained(directory):
+        descriptor = os.open(local(directory), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
