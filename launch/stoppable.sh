@@ -1,0 +1,14 @@
+# shellcheck shell=bash
+# For the scripts that start something: a signal to stop, whoever SLURM sends it to and however early, becomes a file
+# that the job looks at. Each start on each node has a name of its own, so a file that is left over stops nothing.
+export DDPM_STOP_FILE=/tmp/ddpm-stop.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.${SLURM_NODEID:-0}
+trap 'touch "$DDPM_STOP_FILE"' USR1 USR2 TERM
+trap 'rm -f "$DDPM_STOP_FILE"' EXIT
+
+# stoppable COMMAND …: run it to its end; the exit code is its own.
+stoppable() {
+  "$@" &
+  local process=$!
+  while kill -0 "$process" 2> /dev/null; do wait "$process"; done   # a trap ends a `wait` early
+  wait "$process"
+}
