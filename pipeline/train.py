@@ -243,9 +243,10 @@ def _save(trainer: Trainer, position: Position, around: _Surroundings, *, must: 
                 "accelerate": accelerate.__version__,
             },
         }
-        around.saver.save(position.step, trainer.tensors(), state)
+        begun = around.saver.save(position.step, trainer.tensors(), state)
         if must:
-            around.saver.ended(wait_for_it=True)
+            if begun:
+                around.saver.ended(wait_for_it=True)
             problem = around.saver.problem
     if must and (problem := ranks.tell(problem)):
         raise DataError(f"step {position.step} is not saved: {problem}")
@@ -275,7 +276,9 @@ def _open(
     say, data = partial(_say, ranks), (shards.sha256, shards.samples)
     opening.check_place(config.run.dir)
     if opening.is_finished(config):
-        return opening.look(config, data, insist, say)
+        opened = opening.look(config, data, insist, say)
+        if opened.checkpoint and opened.checkpoint.step >= config.train.steps:
+            return opened  # otherwise its last checkpoint is damaged, and there is something to do
     stack.enter_context(lease)
     opened = opening.look(config, data, insist, say)
     opening.begin(config, opened, say)

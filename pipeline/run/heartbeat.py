@@ -60,7 +60,7 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         self._beat()
-        self._every = Every(min(BEAT_S, self._patience_s / 3), self._beat, "heartbeat")
+        self._every = Every(min(BEAT_S, self._patience_s / 3), self._watch, "heartbeat")
         return self
 
     def __exit__(
@@ -69,7 +69,7 @@ class Heartbeat:
         self._every.stop()
         if kind is None:
             self.at(self.step, "ended")
-            self._write()
+            self._beat()
 
     def at(self, step: int, phase: str) -> None:
         """This rank begins a phase; costs nothing."""
@@ -78,7 +78,9 @@ class Heartbeat:
     def diagnosis(self) -> str:
         """Which rank the others wait for, as far as their files tell. Takes two beats."""
         before = self._read()
-        time.sleep(2 * BEAT_S)
+        for _ in range(2):
+            time.sleep(BEAT_S)
+            self._beat()  # another rank may be asking the same
         after = self._read()
         silent = [beat for rank, beat in after.items() if beat == before.get(rank) and rank != self.rank]
         missing = [f"rank {rank}" for rank in range(self._size) if rank not in after]
@@ -95,18 +97,18 @@ class Heartbeat:
             f"{self.step}: look at the network between {hosts}"
         )
 
-    def _beat(self) -> None:
-        with suppress(PipelineError, OSError):  # a full disk or an absent mount is told by who has to write
-            self._write()
+    def _watch(self) -> None:
+        self._beat()
         if time.monotonic() - self._since > self._patience_s and not self._told:
             self._told = True
             self._on_stall(self.diagnosis())
 
-    def _write(self) -> None:
+    def _beat(self) -> None:
         self._beats += 1
         beat = Beat(self.rank, socket.gethostname(), os.getpid(), self.step, self.phase, self._beats)
         place = storage.join(self._folder, f"{self.rank:05d}.json")
-        storage.write_bytes(place, json.dumps(asdict(beat)).encode(), durable=False)
+        with suppress(PipelineError, OSError):  # a full disk or an absent mount is told by who has to write
+            storage.write_bytes(place, json.dumps(asdict(beat)).encode(), durable=False)
 
     def _read(self) -> dict[int, Beat]:
         beats = {}

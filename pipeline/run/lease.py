@@ -56,7 +56,7 @@ class Lease:
             if names:
                 self._wait_for(names[-1])
             self.generation = _number(names[-1]) + 1 if names else 1
-            if storage.create(self._file(), self._bytes()):
+            if storage.create(self._file(), self._bytes()) and not self._overtaken():
                 break  # otherwise another job was faster, and this one asks it
         for name in names:
             with suppress(PipelineError, OSError):

@@ -23,6 +23,7 @@ class _Saved:
     """How a save ended."""
 
     step: int
+    committed: bool
     seconds: float
     problem: str | None
 
@@ -60,7 +61,7 @@ class Saver:
         self.figures = {"checkpoint/failed": 0.0}
         """For the curves: how many saves failed; seconds that the last one took, and that training waited for it."""
         self.problem: str | None = None
-        """Of the last save that has ended."""
+        """Why the step that was to be saved last is not; None if it is."""
         self._say = say
         self._patience_s, self._sound = patience_s, {sound} if sound else set()
         self._parts: dict[str, TensorFile] = {}
@@ -75,7 +76,7 @@ class Saver:
     ) -> None:
         self._thread.shutdown()
 
-    def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> bool:
         """Copy what is to be saved and return; the step may change the tensors from then on.
 
         If the save before it has not ended after `patience_s`, this one is left out and has failed.
@@ -84,11 +85,15 @@ class Saver:
             step: finished steps.
             parts: file stem → name → live tensor; the same names and shapes each time.
             state: JSON values.
+
+        Returns:
+            Whether it is under way.
         """
         asked = time.monotonic()
         if self._pending and not wait([self._pending], self._patience_s).done:
-            self._fail(step, f"the save before it has not ended in {self._patience_s:.0f} s")
-            return
+            self.problem = f"the save before it has not ended in {self._patience_s:.0f} s"
+            self._complain(f"step {step} is not saved", self.problem)
+            return False
         self.ended()
         on_gpu = any(tensor.is_cuda for tensors in parts.values() for tensor in tensors.values())
         for part, tensors in parts.items():
@@ -99,34 +104,36 @@ class Saver:
             torch.cuda.synchronize()
         self.figures["checkpoint/stall_s"] = time.monotonic() - asked
         self._pending = self._thread.submit(self._write, step, json.dumps(state, indent=1).encode() + b"\n")
+        return True
 
     def ended(self, *, wait_for_it: bool = False) -> None:
         """Note how the save that was under way has ended, if it has; any error but a failure to write is raised."""
         if self._pending is None or not (wait_for_it or self._pending.done()):
             return
         saved, self._pending = self._pending.result(), None
-        if saved.problem:
-            self._fail(saved.step, saved.problem)
-        else:
-            self.problem = None
+        self.problem = None if saved.committed else saved.problem
+        if saved.committed:
             self.figures["checkpoint/save_s"] = saved.seconds
+        if saved.problem:
+            what = "is saved, but not all that follows was done" if saved.committed else "is not saved"
+            self._complain(f"step {saved.step} {what}", saved.problem)
 
-    def _fail(self, step: int, problem: str) -> None:
-        self.problem = problem
+    def _complain(self, what: str, problem: str) -> None:
         self.figures["checkpoint/failed"] += 1
         if self.figures["checkpoint/failed"] == 1:
-            self._say(f"warning: step {step} is not saved, training goes on (checkpoint/failed counts): {problem}")
+            self._say(f"warning: {what}, training goes on (checkpoint/failed counts): {problem}")
 
     def _write(self, step: int, state: bytes) -> _Saved:
-        started, problem = time.monotonic(), None
+        started, committed, problem = time.monotonic(), False, None
         files = {f"{part}.safetensors": file.pieces() for part, file in self._parts.items()} | {"state.json": [state]}
         try:
             written = checkpoint.write(
                 self._run_dir, step, files, generation=self._generation, may_write=self._may_write
             )
+            committed = True
             self._sound.add(written.path)
             checkpoint.retain(self._run_dir, self._keep_last, self._keep_every, sound=self._sound)
             self._afterwards()
         except (PipelineError, OSError) as error:
             problem = str(error)
-        return _Saved(step, time.monotonic() - started, problem)
+        return _Saved(step, committed, time.monotonic() - started, problem)

@@ -6,8 +6,10 @@ program first, as such a store cannot append, and its files are uploaded from ti
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -92,8 +94,10 @@ class Telemetry:
         self._home.mkdir(parents=True, exist_ok=True)
         with (self._home / _LOG).open("ab", buffering=0) as log:
             end = log.tell()
+            text = (json.dumps(line) + "\n").encode()
             try:
-                log.write((json.dumps(line) + "\n").encode())
+                if log.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._home / _LOG))
             except OSError:
                 log.truncate(end)  # no line is cut
                 raise
