@@ -249,10 +249,12 @@ class ImageSet:
 
 def _refuse_other(out: str, settings: Settings, source: dict[str, Any]) -> None:
     """Refuse a place that holds anything but the beginning of this set; one record tells, as all agree."""
-    previous = None if storage.exists(out) and not storage.is_dir(out) else _previous(out)
-    if previous is None:
+    try:
         refuse_foreign(out, _UNCOMMITTED)
-    else:
+    except ConfigError:
+        previous = _previous(out) if storage.is_dir(out) else None  # a later look: others may write records meanwhile
+        if previous is None:
+            raise
         _compare(out, previous, settings, source)
 
 
