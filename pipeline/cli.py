@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
+from pipeline.run.interrupt import SIGNALS
 
 _INTERRUPTED = 130
 
@@ -82,18 +85,19 @@ def shard(
 
 @app.command()
 def verify(
-    path: Annotated[str, typer.Argument(metavar="SHARDSET|SAMPLES|RUN", help="What to check.")],
+    path: Annotated[str, typer.Argument(metavar="SHARDSET|SAMPLES|RUN|CHECKPOINT", help="What to check.")],
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Check every byte against index, manifests and hashes; name what is wrong."""
     from pipeline.verify import verify as job
 
-    findings = job(path)
+    findings = job(path, quiet=quiet)
     if as_json:
         typer.echo(json.dumps({"path": path, "sound": not findings, "findings": findings}))
     elif findings:
         typer.echo("\n".join(findings))
-    else:
+    elif not quiet:
         typer.echo(f"{path}: sound")
     if findings:
         raise DataError(
@@ -140,11 +144,14 @@ def sample(
         Literal["uniform", "quadratic", "trailing", "leading"] | None,
         typer.Option(help="Which timesteps a short sampler visits."),
     ] = None,
+    variance: Annotated[
+        Literal["fixed_large", "fixed_small"] | None, typer.Option(help="Of a ddpm step: β, or the posterior's.")
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Pictures drawn together; bits are equal only for equal batch.")
     ] = None,
     shard_samples: Annotated[
-        int | None, typer.Option(min=1, help="Seeds in a shard, a multiple of batch. Default: about 1024.")
+        int | None, typer.Option(min=1, help="Seeds in a shard, a multiple of batch. Default: 1 to 4 batches.")
     ] = None,
     format: Annotated[
         Literal["tar", "png", "npz"], typer.Option(help="Tars of PNGs (a shard set), loose PNGs, or one npz a shard.")
@@ -173,7 +180,7 @@ def sample(
     from pipeline import sample as job
 
     flags = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing,
-             "batch": batch, "guidance": guidance}  # fmt: skip
+             "variance": variance, "batch": batch, "guidance": guidance}  # fmt: skip
     result = job.from_flags(
         source, {key: value for key, value in flags.items() if value is not None}, seeds=seeds, out=out, format=format,
         shard_samples=shard_samples, label=label, grid=grid, video=video, ema=ema, precision=precision,
@@ -219,19 +226,30 @@ def doctor(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit code."""
+    # Until a job looks for stop requests itself, and after that, there is nothing to bring to an end first.
+    before = {number: signal.signal(number, _stop) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         code = app(
             sys.argv[1:] or ["--help"] if arguments is None else arguments, prog_name="ddpm", standalone_mode=False
         )  # an exit code where the parser ends it
     except PipelineError as error:
         _leave(str(error), error.exit_code)
+    except typer.Abort as error:  # what the parser makes of an EOFError
+        _leave(f"a file ends too early ({error.__cause__}): copy or make it again", DataError.exit_code)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of the parser's own: a bug, so the traceback is wanted
             raise
         _leave(f"{' '.join(error.format_message().split())} `ddpm --help` and `ddpm JOB --help` list what there is.", 2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code == _INTERRUPTED:
         _leave("interrupted: finished parts stay, the same command goes on from there", _INTERRUPTED)
     sys.exit(code or 0)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    _leave(f"stopped by {signal.Signals(number).name}: the same command goes on from there", Stopped.exit_code)
 
 
 def _leave(message: str, code: int) -> NoReturn:

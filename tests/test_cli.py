@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,8 @@ import pytest
 from typer.main import get_command
 
 from pipeline.cli import app, main
-from tests.launch import TINY, ddpm
+from pipeline.run.interrupt import SIGNALS, Interrupt
+from tests.launch import ENVIRONMENT, TINY, ddpm
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,12 +48,45 @@ def test_help_explains_every_option(job: str) -> None:
     assert all(parameter.help for parameter in options), [p.name for p in options if not p.help]
 
 
-def test_interrupted_twice_ends_with_130(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    def impatient(*_: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+def test_a_stop_request_outside_of_the_work_ends_with_75_and_two_within_it_with_130(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(*_: object, **__: object) -> None:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGINT)
+            assert interrupt.requested
+            signal.raise_signal(signal.SIGINT)
 
+    for number in SIGNALS:
+        monkeypatch.setattr("pipeline.verify.verify", lambda *_, number=number, **__: signal.raise_signal(number))
+        refused(75, f"stopped by {number.name}: the same command", job="verify", arguments=("x",))
     monkeypatch.setattr("pipeline.verify.verify", impatient)
+    before = signal.getsignal(signal.SIGTERM)
     refused(130, "interrupted", job="verify", arguments=("x",))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_file_that_ends_too_early_is_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(*_: object, **__: object) -> None:
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+
+    monkeypatch.setattr("pipeline.verify.verify", torn)
+    refused(3, "a file ends too early (Compressed file ended", job="verify", arguments=("x",))
+
+
+def test_a_process_that_is_stopped_while_it_imports_torch_ends_with_75(tiny_run: Path, tmp_path: Path) -> None:
+    arguments = [tiny_run, "--seeds", "0-99", "--out", tmp_path / "o"]
+    command = [sys.executable, "-X", "importtime", "-c", "from pipeline.cli import main; main()", "sample"]
+    process = subprocess.Popen([*command, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stderr
+    for line in process.stderr:
+        if line.rstrip().endswith(" numpy"):
+            break
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "ddpm: stopped by SIGTERM" in errors and "Traceback" not in errors
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_command_is_there_and_ends_with_the_code_of_its_error() -> None:
@@ -73,7 +108,7 @@ def test_the_command_is_there_and_ends_with_the_code_of_its_error() -> None:
         ("train", (), "--config"),
         ("train", ("--config", "/nowhere.yaml"), "/nowhere.yaml: no such configuration file"),
         ("train", ("--config", "."), "not a YAML file"),
-        ("sample", ("/nowhere", "--seeds", "1"), "/nowhere"),
+        ("sample", ("/nowhere", "--seeds", "1", "--grid", "g.png"), "/nowhere"),
         ("trian", (), "trian"),
     ],
 )
@@ -146,7 +181,7 @@ def test_a_directory_that_is_no_run_is_left_alone(refused: Refused, digits: Path
 
 def test_a_directory_that_is_no_sample_set_is_left_alone(refused: Refused, tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    refused(2, "is not a sample set", job="sample", arguments=(tiny_run, "--seeds", "1", "--out", tmp_path))
+    refused(2, "holds something else (thesis.tex)", job="sample", arguments=(tiny_run, "--seeds", "1", "--out", tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -162,6 +197,10 @@ def test_a_directory_that_is_no_sample_set_is_left_alone(refused: Refused, tiny_
         (("--seeds", "1", "--grid", "g.png", "--steps", "1000"), 2, "100"),
         (("--seeds", "1", "--out", "o", "--batch", "3", "--shard-samples", "4"), 2, "--shard-samples 4"),
         (("--seeds", "1", "--video", "v.avi"), 2, ".mp4"),
+        (("--seeds", "0-9", "--out", "o", "--video", "v.gif"), 2, "--video v.gif"),
+        (("--seeds", "0-9", "--out", "o", "--grid", "g.jpg"), 2, "--grid g.jpg: the sheet is a PNG"),
+        (("--seeds", "0-9", "--out", "o", "--grid", "."), 2, ". is a directory"),
+        (("--seeds", "1", "--grid", "g.png", "--variance", "large"), 2, "fixed_large"),
     ],
 )
 def test_impossible_samples_are_refused(
@@ -234,7 +273,7 @@ def test_a_full_disk_costs_the_save_and_not_the_run(digits: Path, small_disk: Pa
     result = ddpm("train", *arguments)
     assert result.returncode == 3
     assert "step 2 is not saved, training goes on" in result.stderr
-    assert "no space left" in result.stderr.splitlines()[-1]
+    assert "make room" in result.stderr.splitlines()[-1]
     assert not list(small_disk.rglob("*.tmp"))
     (small_disk / "ballast").unlink()
     assert ddpm("train", *arguments).returncode == 0

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.data import integrity
-from pipeline.data.sampleset import Format, SampleSet, parse_seeds, seeds_text, stem
+from pipeline.data.sampleset import Format, SampleSet, parse_seeds, seeds_text, shard_samples, stem, verify
 from pipeline.data.shardset import ShardSet
 from pipeline.errors import ConfigError, DataError
 
@@ -51,7 +51,8 @@ def draw(target: SampleSet, text: str, only: Iterable[int] | None = None, classe
 
 
 def finish(target: SampleSet, text: str, classes: int = 0) -> bool:
-    return target.finish(parse_seeds(text), size=(4, 6), channels=3, classes=classes)
+    names = [f"class {i}" for i in range(classes)] or None
+    return target.finish(parse_seeds(text), size=(4, 6), channels=3, classes=names)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -130,7 +131,7 @@ def test_plain_webdataset_reads_pictures_seeds_and_labels(tmp_path: Path) -> Non
     target = sample_set(str(tmp_path))
     draw(target, "2-5", classes=3)
     assert finish(target, "2-5", classes=3)
-    assert ShardSet.open(target.url).classes == ("0", "1", "2")
+    assert ShardSet.open(target.url).classes == ("class 0", "class 1", "class 2")
     files = sorted(str(path) for path in tmp_path.glob("*.tar"))
     samples = list(webdataset.WebDataset(files, shardshuffle=False).decode("rgb8"))
     assert [sample["__key__"] for sample in samples] == [f"{seed:09d}" for seed in range(2, 6)]
@@ -213,7 +214,77 @@ def test_a_failure_in_the_middle_commits_nothing(url: str, format: Format) -> No
     with pytest.raises(DataError):
         target.write(0, failing(), {})
     assert target.there(0) == set()
-    assert not [name for name in storage.listdir(url) if name.endswith((".tar", ".json", ".npz"))]
+    if format == "png":  # what is there is known to be ours, and how it was drawn
+        assert storage.read_json(storage.join(url, "shard_000000.json"))["seeds"] == ""
+        with pytest.raises(ConfigError, match="drawn differently"):
+            sample_set(url, format=format, steps=20).check()
+    else:
+        assert not [name for name in storage.listdir(url) if name.endswith((".tar", ".json", ".npz"))]
+    target.check()
+    assert draw(target, "0-3") == 4 and finish(target, "0-3")
+
+
+@pytest.mark.parametrize("format", ["tar", "png", "npz"])
+def test_samples_stay_while_their_shard_is_extended(url: str, format: Format) -> None:
+    def failing() -> Iterable[tuple[int, NDArray[np.uint8]]]:
+        yield from ((seed, picture(seed)) for seed in range(2))
+        raise DataError("no space left")
+
+    target = sample_set(url, format=format)
+    draw(target, "0-1")
+    with pytest.raises(DataError):
+        target.write(0, failing(), {})
+    assert target.there(0) == {0, 1} and finish(target, "0-1")
+
+
+@pytest.mark.parametrize("format", ["tar", "png", "npz"])
+def test_pictures_are_read_back_as_they_were_drawn(url: str, format: Format) -> None:
+    target = sample_set(url, format=format)
+    draw(target, "1-2,5-9")
+    found = target.read(range(7), 3)
+    assert sorted(found) == [1, 2, 5, 6]
+    assert all((found[seed] == picture(seed)).all() for seed in found)
+
+
+@pytest.mark.parametrize("format", ["png", "npz"])
+def test_loose_files_are_checked_by_size_on_a_resume_and_by_hash_when_verified(url: str, format: Format) -> None:
+    target = sample_set(url, format=format)
+    draw(target, "0-9")
+    assert verify(url) == []
+    name = "000000005.png" if format == "png" else "shard_000001.npz"
+    place = storage.join(url, name)
+    whole = storage.read_bytes(place)
+    storage.write_bytes(place, whole[:-1] + b"x")
+    assert verify(url) == [f"{name}: does not have the sha256 of shard_000001.json"]
+    for damage in (lambda: storage.write_bytes(place, whole[:-1]), lambda: storage.remove(place)):
+        damage()
+        assert (target.there(1), finish(target, "0-9")) == (set(), False)
+        assert len(verify(url)) == 1
+        assert draw(target, "0-9") == 4 and verify(url) == []
+    storage.write_bytes(storage.join(url, f"000000777.{format}"), whole)
+    (finding,) = verify(url)
+    assert finding.startswith(f"000000777.{format}: in no record")
+
+
+def test_of_two_jobs_that_draw_in_other_ways_the_second_to_commit_is_refused(url: str) -> None:
+    """Both look at an empty place; the record of the first is there when the second wants to write its own."""
+    for format in ("tar", "png", "npz"):
+        place = storage.join(url, format)
+        first, second = sample_set(place, format=format), sample_set(place, format=format, checkpoint_sha256="cd" * 32)
+        first.check()
+        second.check()
+        draw(first, "0-3")
+        before = {name: storage.read_bytes(storage.join(place, name)) for name in storage.listdir(place)}
+        for i in (0, 1):
+            with pytest.raises(ConfigError, match="drawn differently"):
+                second.write(i, [(4 * i, picture(4 * i))], {})
+        assert {name: storage.read_bytes(storage.join(place, name)) for name in storage.listdir(place)} == before
+
+
+def test_the_size_of_the_shards_is_that_of_the_set_that_is_there(url: str) -> None:
+    assert shard_samples(url) is None
+    draw(sample_set(url, size=4, shard_samples=4), "0-3")
+    assert shard_samples(url) == 4
 
 
 def test_png_is_one_file_a_seed_and_no_other(url: str) -> None:
@@ -271,12 +342,23 @@ def test_other_seeds_drawn_in_another_manner_are_refused_too(url: str) -> None:
         finish(other, "4-7")
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "photo.png", "train-000000.tar", "checkpoints", "config.yaml", "1.jpg"])
+_FOREIGN = ("notes.txt", "photo.png", "train-000000.tar", "checkpoints", "config.yaml", "1.jpg", "000000001.png")
+
+
+@pytest.mark.parametrize("name", [*_FOREIGN, "7.png", "index.json", "shard_000000.json", "shard_1.png"])
 def test_a_directory_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(ConfigError) as caught:
         sample_set(str(tmp_path)).check()
-    assert str(caught.value) == f"{tmp_path} exists and is not a sample set (it holds {name}): choose another --out"
+    assert str(caught.value) == f"{tmp_path} exists and holds something else ({name}): choose another --out"
+
+
+@pytest.mark.parametrize(
+    "name", [".nfs0001", ".shard_000000.tar.0123abcd.tmp", "shard_000000.tar", "shard_1000000.npz"]
+)
+def test_what_a_killed_job_leaves_before_its_first_record_is_ours(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    sample_set(str(tmp_path)).check()
 
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:

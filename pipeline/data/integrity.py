@@ -13,7 +13,7 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -26,13 +26,17 @@ from pipeline.errors import DataError
 
 _BLOCK = tarfile.BLOCKSIZE
 _MEMBER = re.compile(r"(\d{9,})\.(png|jpg|webp|cls|json)")
-_SHARD_FILE = re.compile(r".*\d{6}\.(tar|npy|json)")
+_SHARD_FILE = re.compile(r".*\d{6,}\.(tar|npy|json)")
 
 
-def verify(url: str) -> list[str]:
+def verify(url: str, each: Callable[[Sequence[ShardRecord]], Iterable[ShardRecord]] = iter) -> list[str]:
     """Check every byte of a shard set against its index.
 
     Nothing is extracted: members are looked at in memory, and only regular files named KEY.extension are accepted.
+
+    Args:
+        url: the set.
+        each: gives the shards one by one, to watch or to end the work.
 
     Returns:
         One line a finding, naming shard and key; none if the set is sound.
@@ -42,7 +46,7 @@ def verify(url: str) -> list[str]:
     except DataError as error:
         return [str(error)]
     findings = [*_strangers(shards)]
-    for i in range(len(shards.shards)):
+    for i, _ in enumerate(each(shards.shards)):
         findings += _verify_shard(shards, i)
     return [*findings, *_verify_rejected(shards)]
 
@@ -124,7 +128,7 @@ def _verify_samples(shards: ShardSet, i: int, rows: NDArray[np.void], tar: Binar
     record = shards.shards[i]
     shard_samples = shards.settings.get("shard_samples")
     first, last = 0, None
-    if isinstance(shard_samples, int) and (number := re.search(r"(\d{6})\.tar$", record.name)):
+    if isinstance(shard_samples, int) and (number := re.search(r"[-_](\d{6,})\.tar$", record.name)):
         first = int(number[1]) * shard_samples
         last = first + shard_samples
     end, previous = 0, -1

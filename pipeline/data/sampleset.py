@@ -6,10 +6,13 @@ commit: it says which seeds are there and how they were drawn. In tars, a comple
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +20,12 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.data import images, shardset
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 
 Picture = NDArray[np.uint8]
 Format = Literal["tar", "png", "npz"]
 _RECORD = re.compile(r"shard_(\d{6,})\.json")
+_UNCOMMITTED = re.compile(r"shard_\d{6,}\.(tar|npy|npz)")
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,11 @@ class SampleSet:
         Raises:
             ConfigError: naming it.
         """
-        if storage.exists(self.url) and not storage.is_dir(self.url):
-            raise ConfigError(f"{self.url} is a file: --out names a directory")
-        strange = [name for name in storage.listdir(self.url) if not self._is_ours(name)]
-        if strange:
-            raise ConfigError(
-                f"{self.url} exists and is not a sample set (it holds {strange[0]}): choose another --out"
-            )
-        for i in self._numbers():
-            self._record(i)
+        records = [record for i in _numbers(self.url) if (record := _read(self.url, i))]
+        if not records:
+            shardset.refuse_foreign(self.url, _UNCOMMITTED)
+        for record in records:
+            self._compare(record)
 
     def shards(self, seeds: tuple[range, ...]) -> Iterator[tuple[int, list[int]]]:
         """(i, seeds asked for in shard i), ascending; `seeds` are sorted and do not overlap."""
@@ -66,7 +66,7 @@ class SampleSet:
             ConfigError: they were drawn in another way.
         """
         record = self._record(i)
-        return {seed for part in parse_seeds(record["seeds"]) for seed in part} if record else set()
+        return set(_seeds_of(record)) if record else set()
 
     def write(self, i: int, pictures: Iterable[tuple[int, Picture]], labels: dict[int, int]) -> None:
         """Write shard i, its record last.
@@ -77,9 +77,11 @@ class SampleSet:
             labels: seed → class, for seeds that have one.
 
         Raises:
-            DataError: no space left; nothing is half-written.
+            ConfigError: meanwhile another job has begun to draw in another way in the same place.
+            DataError: no space left; nothing is half-written, and what was there before still is.
         """
         seeds: list[int] = []
+        files: dict[str, dict[str, Any]] = {}
 
         def encoded() -> Iterator[shardset.Sample]:
             for seed, picture in pictures:
@@ -89,6 +91,8 @@ class SampleSet:
                 yield shardset.Sample(shardset.key(seed), images.encode(picture, "png"), "png", label, meta)
 
         def record() -> dict[str, Any]:
+            if other := next((record for n in _numbers(self.url) if (record := _read(self.url, n))), None):
+                self._compare(other)
             return {
                 "seeds": seeds_text(seeds),
                 "count": len(seeds),
@@ -96,22 +100,62 @@ class SampleSet:
                 "environment": self.environment,
             }
 
+        def publish(name: str, data: bytes) -> None:
+            storage.write_bytes(storage.join(self.url, name), data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+        place = storage.join(self.url, f"{stem(i)}.json")
         if self.format == "tar":
             shardset.write_shard(self.url, stem(i), encoded(), record)
             return
         if self.format == "png":
+            if not storage.exists(place):  # loose pictures might be anybody's: a record says from the start whose
+                storage.write_json(place, record() | {"files": {}})
             for sample in encoded():
-                storage.write_bytes(storage.join(self.url, f"{sample.key}.png"), sample.image)
+                publish(f"{sample.key}.png", sample.image)
         else:
             drawn = list(pictures)
-            seeds = [seed for seed, _ in drawn]
+            seeds += [seed for seed, _ in drawn]
             buffer = io.BytesIO()
             named: dict[str, Any] = {"labels": np.array([labels[seed] for seed in seeds])} if labels else {}
             np.savez(buffer, seeds=np.array(seeds), images=np.stack([picture for _, picture in drawn]), **named)
-            storage.write_bytes(storage.join(self.url, f"{stem(i)}.npz"), buffer.getvalue())
-        storage.write_json(storage.join(self.url, f"{stem(i)}.json"), record())
+            record()  # refuses, before anything is replaced
+            publish(f"{stem(i)}.npz", buffer.getvalue())
+        storage.write_json(place, record() | {"files": files})
 
-    def finish(self, seeds: tuple[range, ...], *, size: tuple[int, int], channels: int, classes: int) -> bool:
+    def read(self, seeds: Iterable[int], channels: int) -> dict[int, Picture]:
+        """Those of the pictures that are there: seed → uint8 (H, W, C).
+
+        Raises:
+            DataError: a file is damaged.
+        """
+        found: dict[int, Picture] = {}
+        for i, asked in groupby(sorted(seeds), key=lambda seed: seed // self.shard_samples):
+            there = sorted(self.there(i))
+            wanted = {seed: there.index(seed) for seed in asked if seed in there}
+            base = storage.join(self.url, stem(i))
+            try:
+                if wanted and self.format == "npz":
+                    with np.load(io.BytesIO(storage.read_bytes(f"{base}.npz")), allow_pickle=False) as arrays:
+                        found |= {seed: arrays["images"][row] for seed, row in wanted.items()}
+                elif wanted and self.format == "png":
+                    for seed in wanted:
+                        data = storage.read_bytes(storage.join(self.url, f"{shardset.key(seed)}.png"))
+                        found[seed] = images.decode(data, channels)
+                elif wanted:
+                    rows = np.load(io.BytesIO(storage.read_bytes(f"{base}.npy")), allow_pickle=False)
+                    for seed, row in wanted.items():
+                        with storage.open_read(
+                            f"{base}.tar", int(rows[row]["offset"] + rows[row]["image_offset"])
+                        ) as tar:
+                            found[seed] = images.decode(tar.read(int(rows[row]["image_length"])), channels)
+            except (images.Rejected, ValueError, KeyError, IndexError) as error:
+                raise DataError(f"{base}: damaged ({error!r}): `ddpm verify {self.url}` tells more") from error
+        return found
+
+    def finish(
+        self, seeds: tuple[range, ...], *, size: tuple[int, int], channels: int, classes: Sequence[str] | None
+    ) -> bool:
         """Write the index if every shard asked for is committed; whoever sees that first writes what all would write.
 
         Returns:
@@ -120,32 +164,92 @@ class SampleSet:
         if not all(self.there(i).issuperset(asked) for i, asked in self.shards(seeds)):
             return False
         if self.format == "tar":
-            records = [record for i in self._numbers() if (record := shardset.read_record(self.url, stem(i)))]
+            records = [record for i in _numbers(self.url) if (record := shardset.read_record(self.url, stem(i)))]
             shardset.write_index(
-                self.url, records, size=size, channels=channels, classes=[str(i) for i in range(classes)] or None,
+                self.url, records, size=size, channels=channels, classes=classes,
                 source=f"checkpoint {self.provenance['checkpoint_sha256']}", settings=self.provenance,
                 counts={"taken": sum(record.samples for record in records)},
             )  # fmt: skip
         return True
 
-    def _numbers(self) -> list[int]:
-        """Of the shards that have a record, ascending."""
-        return sorted(int(match[1]) for name in storage.listdir(self.url) if (match := _RECORD.fullmatch(name)))
-
     def _record(self, i: int) -> dict[str, Any] | None:
-        path = storage.join(self.url, f"{stem(i)}.json")
-        if not storage.exists(path) or (self.format == "tar" and shardset.read_record(self.url, stem(i)) is None):
+        record = _read(self.url, i)
+        if record is None:
             return None
-        record: dict[str, Any] = storage.read_json(path)
+        self._compare(record)
+        if self.format == "tar":
+            return record if shardset.read_record(self.url, stem(i)) else None
+        try:
+            files = record["files"].items()
+            whole = all(storage.size(storage.join(self.url, name)) == file["bytes"] for name, file in files)
+        except (FileNotFoundError, KeyError):
+            return None
+        return record if whole else None
+
+    def _compare(self, record: dict[str, Any]) -> None:
         theirs = record["provenance"]
         different = [key for key, value in self.provenance.items() if theirs.get(key) != value]
         if different:
             diff = "; ".join(f"{key}: {theirs.get(key)} there, {self.provenance[key]} now" for key in different)
             raise ConfigError(f"{self.url} holds samples drawn differently ({diff}): choose another --out")
-        return record
 
-    def _is_ours(self, name: str) -> bool:
-        return name.startswith((".", "shard_")) or name == "index.json" or name.removesuffix(".png").isdecimal()
+
+def shard_samples(url: str) -> int | None:
+    """Seeds in a shard of the set that is there, finished or not; None if there is none."""
+    records = (record for i in _numbers(url) if (record := _read(url, i)))
+    return next((record["provenance"].get("shard_samples") for record in records), None)
+
+
+def verify(url: str, each: Callable[[Sequence[int]], Iterable[int]] = iter) -> list[str]:
+    """Check every file of a set of loose PNGs or npz against the records; what is in tars is for `integrity`.
+
+    Args:
+        url: the set.
+        each: gives the shards one by one, to watch or to end the work.
+
+    Returns:
+        One line a finding; none if all is sound.
+    """
+    findings, known, manners = [], set(), set()
+    for i in each(_numbers(url)):
+        record = _read(url, i)
+        if record is None or "files" not in record:
+            findings.append(f"{stem(i)}.json: not the record of a shard of PNGs or npz")
+            continue
+        known |= record["files"].keys()
+        manners.add(json.dumps(record["provenance"], sort_keys=True))
+        if record["count"] != len(_seeds_of(record)):
+            findings.append(f"{stem(i)}.json: its count is not that of its seeds")
+        for name, file in record["files"].items():
+            try:
+                if storage.sha256(storage.join(url, name)) != file["sha256"]:
+                    findings.append(f"{name}: does not have the sha256 of {stem(i)}.json")
+            except FileNotFoundError:
+                findings.append(f"{name}: missing")
+    if len(manners) > 1:
+        findings.append("its shards were drawn in different ways")
+    strangers = [name for name in storage.listdir(url) if name.endswith((".png", ".npz")) and name not in known]
+    return findings + [
+        f"{name}: in no record (of a shard that is not finished, or from elsewhere)" for name in strangers
+    ]
+
+
+def _numbers(url: str) -> list[int]:
+    """Of the shards that have a record, ascending."""
+    return sorted(int(match[1]) for name in storage.listdir(url) if (match := _RECORD.fullmatch(name)))
+
+
+def _read(url: str, i: int) -> dict[str, Any] | None:
+    """The record of shard i, if there is one and it is a sample set's."""
+    try:
+        record = storage.read_json(storage.join(url, f"{stem(i)}.json"))
+    except (FileNotFoundError, DataError):
+        return None
+    return record if isinstance(record, dict) and record.keys() >= {"seeds", "count", "provenance"} else None
+
+
+def _seeds_of(record: dict[str, Any]) -> list[int]:
+    return [seed for part in parse_seeds(record["seeds"]) for seed in part] if record["seeds"] else []
 
 
 def stem(i: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Iterable
 
@@ -10,11 +11,29 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError
 
+_CODECS = {"mp4": "libx264", "webm": "libvpx-vp9"}
 FRAMES_PER_S = 24
 HOLD_S = 2
 """How long the last frame stays."""
 MIN_SIDE_PX = 256
 """Smaller frames are enlarged by whole factors, so that players do not blur them."""
+
+
+def check(name: str) -> None:
+    """Refuse what `encode` cannot write, before there is a frame.
+
+    Raises:
+        ConfigError: PyAV is not installed, or the name has another ending than .mp4 or .webm.
+    """
+    if kind(name) not in _CODECS:
+        raise ConfigError(f"--video {name}: not a kind of video that this writes: name a .mp4 or .webm file")
+    if not importlib.util.find_spec("av"):
+        raise ConfigError("--video needs PyAV: pip install 'ddpm-pipeline[video]'")
+
+
+def kind(name: str) -> str:
+    """The ending of a file's name."""
+    return name.rpartition(".")[2].lower()
 
 
 def encode(frames: Iterable[NDArray[np.uint8]], kind: str) -> bytes:
@@ -23,20 +42,12 @@ def encode(frames: Iterable[NDArray[np.uint8]], kind: str) -> bytes:
     Args:
         frames: uint8, (H, W, 1 or 3).
         kind: mp4 (H.264) or webm (VP9).
-
-    Raises:
-        ConfigError: PyAV is not installed, or the kind is neither.
     """
-    codec = {"mp4": "libx264", "webm": "libvpx-vp9"}.get(kind)
-    if codec is None:
-        raise ConfigError(f"--video: .{kind} is not a video this writes: name a .mp4 or .webm file")
-    try:
-        import av
-    except ImportError:
-        raise ConfigError("--video needs PyAV: pip install 'ddpm-pipeline[video]'") from None
+    import av
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=FRAMES_PER_S)
+        stream = container.add_stream(_CODECS[kind], rate=FRAMES_PER_S)
         stream.pix_fmt = "yuv420p"
         picture = None
         for frame in frames:

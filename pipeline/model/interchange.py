@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ _RESAMPLERS = {"down_blocks": ".downsamplers.0.", "up_blocks": ".upsamplers.0."}
 _QKV = (".to_q.", ".to_k.", ".to_v.")
 # Attention in checkpoints of early diffusers, among them google/ddpm-cifar10-32.
 _OLD_NAMES = dict(zip((".query.", ".key.", ".value.", ".proj_attn."), (*_QKV, ".to_out.0.")))
+
+Variance = Literal["fixed_small", "fixed_large"]
+_VARIANCES: dict[str, Variance] = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",  # the same, by way of its logarithm
+    "fixed_large": "fixed_large",
+}
 
 # What our network is in their configuration, and what they take if nothing is said.
 _FIXED: dict[str, tuple[Any, Any]] = {
@@ -192,11 +199,20 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
     return section, channels, (height, width)
 
 
-def diffusion_from_diffusers(scheduler: Mapping[str, Any]) -> DiffusionSection:
-    """The diffusion that a `scheduler_config.json` describes; an empty one stands for that of Ho et al. 2020.
+def diffusion_from_diffusers(
+    scheduler: Mapping[str, Any], learned_variance: bool
+) -> tuple[DiffusionSection, Variance, bool]:
+    """What a `scheduler_config.json` describes; an empty one stands for the diffusion of Ho et al. 2020.
+
+    Args:
+        scheduler: of a DDPMScheduler or one that knows a part of its settings, such as DDIMScheduler.
+        learned_variance: whether the network brings its own variance.
+
+    Returns:
+        Diffusion, variance of a DDPM step, and whether estimates of the clean picture are clipped to [-1, 1].
 
     Raises:
-        ConfigError: its betas are not ours.
+        ConfigError: one line with everything that cannot be had here.
     """
     timesteps = int(scheduler.get("num_train_timesteps", 1000))
     schedule = {"linear": "linear", "squaredcos_cap_v2": "cosine"}.get(scheduler.get("beta_schedule", "linear"))
@@ -206,6 +222,23 @@ def diffusion_from_diffusers(scheduler: Mapping[str, Any]) -> DiffusionSection:
             f"beta_schedule {scheduler.get('beta_schedule')!r} from {ends[0]} to {ends[1]} over {timesteps} timesteps "
             "cannot be expressed here: take a model of linear betas (1e-4 to 0.02 at 1000 timesteps) or cosine ones"
         )
-    return DiffusionSection(
+    variance_type = scheduler.get("variance_type", "fixed_small" if scheduler else "fixed_large")
+    wanted = {
+        "variance_type": ("learned_range",) if learned_variance and "variance_type" in scheduler else tuple(_VARIANCES),
+        "clip_sample_range": (1.0,),
+        "thresholding": (False,),
+        "rescale_betas_zero_snr": (False,),
+        "trained_betas": (None,),
+        "prediction_type": ("epsilon", "sample", "v_prediction"),
+    }
+    problems = [
+        f"{key} is {scheduler[key]!r}"
+        for key, allowed in wanted.items()
+        if key in scheduler and scheduler[key] not in allowed
+    ]
+    if problems:
+        raise ConfigError(f"this diffusers scheduler is not one that can be expressed here: {'; '.join(problems)}")
+    section = DiffusionSection(
         timesteps=timesteps, schedule=schedule, prediction_type=scheduler.get("prediction_type", "epsilon")
     )
+    return section, _VARIANCES.get(variance_type, "fixed_large"), scheduler.get("clip_sample", True)

@@ -184,11 +184,19 @@ def retain(run_dir: str, keep_last: int, keep_every: int, *, sound: Iterable[str
             storage.remove(path)
 
 
-def verify(run_dir: str) -> list[str]:
-    """What is wrong with each checkpoint of a run, one line each; [] if all is sound."""
-    root = storage.join(run_dir, "checkpoints")
-    committed = [name for name in _names(run_dir) if storage.exists(storage.join(root, name, _MANIFEST))]
-    reasons = ((name, _reason_against(storage.join(root, name))) for name in committed)
+def verify(run_dir: str, each: Callable[[Sequence[str]], Iterable[str]] = iter) -> list[str]:
+    """What is wrong with each checkpoint of a run, one line each; [] if all is sound.
+
+    A sole one without a manifest is a first save that was killed: there is nothing to lose yet.
+
+    Args:
+        run_dir: the run.
+        each: gives the names one by one, to watch or to end the work.
+    """
+    root, names = storage.join(run_dir, "checkpoints"), _names(run_dir)
+    if len(names) == 1 and not storage.exists(storage.join(root, names[0], _MANIFEST)):
+        return []
+    reasons = ((name, _reason_against(storage.join(root, name))) for name in each(names))
     return [f"{name}: {reason}" for name, reason in reasons if reason]
 
 

@@ -8,6 +8,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+_PULSE_S = 0.5
+"""Between two signs of life of a bar."""
+
 
 class Progress:
     """Counts units of work and shows how far the job is.
@@ -52,10 +55,23 @@ class Progress:
             self._bar.set_postfix_str(self._notes, refresh=False)
             self._bar.update(count)
         elif not self._quiet and (time.monotonic() - self._spoken > self._every_s or self._done == self._total):
-            self._spoken = time.monotonic()
-            rate = (self._done - self._first) / max(self._spoken - self._started, 1e-9)
-            tail = f", {self._notes}" if self._notes else ""
-            self._write(f"{self._job}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s{tail}")
+            self._speak()
+
+    def pulse(self, figures: str) -> None:
+        """Show a few figures now and then while nothing is counted: for work that takes long between two counts."""
+        if not self._quiet and time.monotonic() - self._spoken > (_PULSE_S if self._bar else self._every_s):
+            self._notes = figures
+            if self._bar:
+                self._bar.set_postfix_str(figures)
+                self._spoken = time.monotonic()
+            else:
+                self._speak()
+
+    def _speak(self) -> None:
+        self._spoken = time.monotonic()
+        rate = (self._done - self._first) / max(self._spoken - self._started, 1e-9)
+        tail = f", {self._notes}" if self._notes else ""
+        self._write(f"{self._job}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s{tail}")
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar if there is one."""
