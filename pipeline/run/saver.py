@@ -61,7 +61,7 @@ class Saver:
         self.figures = {"checkpoint/failed": 0.0}
         """For the curves: how many saves failed; seconds that the last one took, and that training waited for it."""
         self.problem: str | None = None
-        """Why the step that was to be saved last is not; None if it is."""
+        """Why the save that has ended or was left out last failed; None if it did not."""
         self._say = say
         self._patience_s, self._sound = patience_s, {sound} if sound else set()
         self._parts: dict[str, TensorFile] = {}
