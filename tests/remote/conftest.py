@@ -1,0 +1,74 @@
+"""A real server that speaks S3, behind a proxy that can fail, and the environment that leads to it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+
+from tests.launch import ENVIRONMENT
+from tests.remote.faults import Faults
+
+RATE = 0.25
+"""Share of requests that go wrong."""
+
+
+@pytest.fixture(scope="package")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    """S3 at `AWS_ENDPOINT_URL` with a bucket `pool`; nothing fails unless a test sets `rate`."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (tmp_path_factory.mktemp("moto") / "log").open("wb") as log:
+        command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/", server)
+        faults = Faults(port)
+        environment = {
+            "AWS_ENDPOINT_URL": faults.url,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",  # the retries of botocore, so that ours have something to do
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+                patch.setitem(ENVIRONMENT, name, value)
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("pool")
+            yield faults
+        faults.shutdown()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(url):
+                return
+        except OSError:
+            assert server.poll() is None and time.monotonic() < deadline, "moto_server did not start"
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def faulty(store: Faults) -> Iterator[Faults]:
+    """The same while a quarter of all requests go wrong; they must have, by the end of the test."""
+    store.injected.clear()
+    store.rate = RATE
+    yield store
+    store.rate = 0
+    assert store.injected.total() > 0, "nothing went wrong, so nothing was tested"

@@ -1,0 +1,124 @@
+"""A run that lives on an object store: killed, resumed, sampled; and stores that fail in the middle of a save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline import storage
+from pipeline.errors import DataError
+from pipeline.run import checkpoint
+from tests.launch import TINY, ddpm, kill, start, until
+from tests.remote.faults import Faults
+
+PARTS = {f"{part}.safetensors" for part in ("model", "ema", "optimizer")}
+
+
+def test_a_run_there_is_killed_resumed_and_sampled(
+    faulty: Faults, digits: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = "s3://pool/runs/tiny"
+    arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}", "train.steps=6")
+    launcher = start(1, "train", *arguments, log=tmp_path / "log")
+    assert until(lambda: checkpoint.committed_step(run) > 0, launcher), (tmp_path / "log").read_text()
+    kill(launcher)
+    reached = checkpoint.committed_step(run)
+    assert 0 < reached < 6 and not storage.exists(f"{run}/DONE"), "killed too late to show anything"
+    resumed = ddpm("train", *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    faulty.rate = 0
+    assert storage.read_json(f"{run}/DONE")["step"] == 6
+    last = f"{run}/checkpoints/step_00000006"
+    assert set(storage.listdir(last)) == PARTS | {"state.json", "manifest.json"}
+    for name in PARTS:
+        assert storage.read_bytes(f"{last}/{name}") == (tiny_run / "checkpoints/step_00000006" / name).read_bytes()
+    for source, out in ((run, tmp_path / "there"), (tiny_run, tmp_path / "here")):
+        done = ddpm("sample", source, "--seeds", "0-7", "--format", "png", "--quiet", "--out", out)
+        assert done.returncode == 0, done.stderr
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "here").glob("*.png")}
+    assert len(pictures) == 8
+    assert {path.name: path.read_bytes() for path in (tmp_path / "there").glob("*.png")} == pictures
+    assert ddpm("verify", run).returncode == 0
+
+
+@pytest.fixture
+def run() -> Iterator[str]:
+    url = f"memory://{uuid4().hex}"
+    yield url
+    storage.remove(url)
+
+
+FILES = {"state.json": [b"{}"], "model.safetensors": [b"model", b" of "], "ema.safetensors": [b"ema"]}
+
+
+def fail_put(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> list[str]:
+    """Let the uploads from the first-th to the last-th fail; the names of all are noted."""
+    tried: list[str] = []
+
+    def failing(method: str) -> None:
+        put = getattr(MemoryFileSystem, method)
+
+        def upload(self: MemoryFileSystem, *arguments: object, **settings: object) -> object:
+            tried.append(str(arguments))
+            if first <= len(tried) <= last:
+                raise OSError("the store is unwell")
+            return put(self, *arguments, **settings)
+
+        monkeypatch.setattr(MemoryFileSystem, method, upload)
+
+    failing("pipe_file")
+    failing("put_file")
+    return tried
+
+
+@pytest.mark.parametrize("upload", range(1, 5))
+def test_a_store_that_dies_during_a_save_costs_no_older_checkpoint(
+    run: str, monkeypatch: pytest.MonkeyPatch, upload: int
+) -> None:
+    checkpoint.write(run, 1, FILES)
+    monkeypatch.setenv("DDPM_IO_TIMEOUT", "0")
+    with monkeypatch.context() as patch:
+        tried = fail_put(patch, upload, 99)
+        with pytest.raises(DataError, match=r"^cannot write memory://.*: the store is unwell: tried for 0 s"):
+            checkpoint.write(run, 2, FILES)
+        assert len(tried) == upload
+    found, _ = checkpoint.newest(run)
+    assert found and found.step == 1 == checkpoint.committed_step(run)
+    checkpoint.retain(run, 1, 0)
+    checkpoint.write(run, 2, FILES)
+    found, rejected = checkpoint.newest(run)
+    assert found and found.step == 2 and not rejected
+    checkpoint.retain(run, 1, 0)
+    assert storage.listdir(storage.join(run, "checkpoints")) == ["step_00000002"]
+
+
+@pytest.mark.parametrize("upload", range(1, 5))
+def test_a_killed_upload_is_never_taken_for_a_checkpoint(
+    run: str, monkeypatch: pytest.MonkeyPatch, upload: int
+) -> None:
+    """No time to tidy up: only what was uploaded before is there."""
+    checkpoint.write(run, 1, FILES)
+    with monkeypatch.context() as patch:
+        fail_put(patch, upload, 99)
+        patch.setattr(storage, "remove", lambda url: None)
+        patch.setenv("DDPM_IO_TIMEOUT", "0")
+        with pytest.raises(DataError):
+            checkpoint.write(run, 2, FILES)
+    found, rejected = checkpoint.newest(run)
+    assert found and found.step == 1 == checkpoint.committed_step(run)
+    assert all("step_00000002" in line and "manifest" in line for line in rejected)
+    checkpoint.retain(run, 1, 0)
+    found, _ = checkpoint.newest(run)
+    assert found and found.step == 1
+
+
+def test_a_hiccup_is_not_noticed(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = storage.retries()
+    tried = fail_put(monkeypatch, 2, 3)
+    written = checkpoint.write(run, 1, FILES)
+    assert len(tried) == 6 and storage.retries() == before + 2
+    assert checkpoint.newest(run) == (written, [])
