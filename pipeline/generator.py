@@ -71,7 +71,8 @@ class Generator:
         class_names: Sequence[str] | None = None,
     ) -> None:
         self.config, self.ema, self._clip = config, ema, clip
-        self.class_names = list(class_names or map(str, range(config.model.num_classes))) or None
+        names = class_names or [str(number) for number in range(config.model.num_classes)]
+        self.class_names = tuple(names) if config.model.num_classes else None
         self._network, self._schedule, self._device = network.eval(), schedule, device
 
     def labels(self, seeds: Iterable[int], manner: Manner) -> dict[int, int]:

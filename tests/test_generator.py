@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,98 @@ def test_a_diffusers_directory_draws_what_diffusers_draws(theirs: Path, layout: 
     assert np.abs(pictures.astype(float) - expected).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "variance", "clip"),
+    [
+        ({}, "fixed_small", True),
+        ({"variance_type": "fixed_large"}, "fixed_large", True),
+        ({"variance_type": "fixed_small_log", "clip_sample": False}, "fixed_small", False),
+    ],
+)
+def test_a_diffusers_scheduler_is_honoured_step_by_step(
+    tmp_path: Path, settings: dict[str, object], variance: str, clip: bool
+) -> None:
+    torch.manual_seed(0)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", **settings)
+    DDPMPipeline(UNet2DModel(**UNET), scheduler).save_pretrained(tmp_path)
+    ours, _ = generator.load(str(tmp_path), CPU)
+    assert (ours.config.sample.variance, ours.config.train.precision) == (variance, "fp32")
+    assert ours.sampler(ours.config.sample).clip == clip
+    manner = Manner(ours.config.sample.model_copy(update={"batch": 2, "steps": 1000}), "fp32")
+    steps = ours._trajectory(range(2), manner, lambda: None)
+
+    unet = UNet2DModel.from_pretrained(tmp_path / "unet")
+    x = generator.noise.normals(0, torch.arange(2), generator.Use.SAMPLE_START, (3, 8, 8))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for t, step in zip(range(999, 994, -1), steps):
+            noise = generator.noise.normals(0, torch.arange(2), generator.Use.SAMPLE_STEP, (3, 8, 8), step=t)
+            patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, noise=noise, **__: noise)
+            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+            assert torch.allclose(step.x, x, atol=2e-4), t
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variance_type": "fixed_large_log"}, "variance_type is 'fixed_large_log'"),
+        ({"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
+        ({"thresholding": True}, "thresholding is True"),
+        ({"clip_sample_range": 2.0}, "clip_sample_range is 2.0"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas is"),
+        ({"prediction_type": "flow"}, "prediction_type is 'flow'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_expressed_is_one_line(
+    theirs: Path, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    shutil.copytree(theirs, tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        generator.load(str(tmp_path / "pipeline"), CPU)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_identity_of_a_diffusers_model_is_its_weights_and_its_scheduler(theirs: Path, tmp_path: Path) -> None:
+    shutil.copytree(theirs, tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    identities = [generator.load(str(source), CPU)[1] for source in (theirs, tmp_path / "pipeline")]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    identities.append(generator.load(str(tmp_path / "pipeline"), CPU)[1])
+    assert identities[0] == identities[1] != identities[2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "message"),
+    [
+        ("cut", DataError, "is damaged or cut short"),
+        ("empty", DataError, "is damaged or cut short"),
+        ("no json", DataError, "config.json is not JSON"),
+        ("wrong type", ConfigError, "not the configuration of a diffusers model"),
+        ("not a mapping", ConfigError, "not the configuration of a diffusers model"),
+        ("another width", ConfigError, "its weights are not those of the network that its configuration describes"),
+    ],
+)
+def test_damaged_diffusers_files_are_one_line(
+    theirs: Path, tmp_path: Path, damage: str, kind: type[Exception], message: str
+) -> None:
+    shutil.copytree(theirs / "unet", tmp_path / "unet")
+    weights, config = tmp_path / "unet/diffusion_pytorch_model.safetensors", tmp_path / "unet/config.json"
+    settings = json.loads(config.read_text())
+    if damage in ("cut", "empty"):
+        weights.write_bytes(weights.read_bytes()[: 5000 if damage == "cut" else 0])
+    else:
+        config.write_text({
+            "no json": "{", "wrong type": json.dumps(settings | {"block_out_channels": "wide"}), "not a mapping": "[]",
+            "another width": json.dumps(settings | {"block_out_channels": [64, 64]}),
+        }[damage])  # fmt: skip
+    with pytest.raises(kind, match=message) as caught:
+        generator.load(str(tmp_path / "unet"), CPU)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_what_cannot_be_expressed_is_one_line(tmp_path: Path) -> None:
     UNet2DModel(**(UNET | {"act_fn": "gelu"})).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="act_fn") as caught:
@@ -70,7 +165,7 @@ def test_a_run_a_checkpoint_and_its_two_sets_of_weights(tiny_run: Path) -> None:
     checkpoint = max((tiny_run / "checkpoints").glob("step_*"))
     (run, identity), (same, again) = (generator.load(str(path), CPU) for path in (tiny_run, checkpoint))
     last, _ = generator.load(str(tiny_run), CPU, ema=False)
-    assert identity == again
+    assert identity == again and run.class_names == tuple("0123456789")
     manner = Manner(SampleSection(sampler="ddim", steps=3, batch=4), "fp32")
     drawn = [dict(g.pictures(range(4), manner)) for g in (run, same, last)]
     assert all((drawn[0][seed] == drawn[1][seed]).all() for seed in range(4))
@@ -85,6 +180,29 @@ def test_an_empty_run_has_no_checkpoint(tmp_path: Path) -> None:
 def test_weights_of_another_network_are_refused_with_the_difference(tiny_run: Path) -> None:
     config = configfile.load(TINY[1], ("model.base_channels=16",), lambda name: Path(name).read_text())
     with pytest.raises(ConfigError, match=r"model\.base_channels: 8 there, 16 here"):
+        generator.load_weights(str(tiny_run), config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("data.size=16", "model.attention_sizes=[8]"), None),
+        (("data.size=16",), r"the levels with attention, by model.attention_sizes: \[1\] there, \[2?\] here"),
+        (
+            ("model.attention_sizes=[8]",),
+            r"the levels with attention, by model.attention_sizes: \[1\] there, \[0\] here",
+        ),
+        (("model.dropout=0.5",), None),
+    ],
+)
+def test_weights_fit_pictures_of_another_size_if_the_same_levels_attend(
+    tiny_run: Path, settings: tuple[str, ...], message: str | None
+) -> None:
+    config = configfile.load(TINY[1], settings, lambda name: Path(name).read_text())
+    if message is None:
+        assert generator.load_weights(str(tiny_run), config)
+        return
+    with pytest.raises(ConfigError, match=message):
         generator.load_weights(str(tiny_run), config)
 
 

@@ -1,0 +1,216 @@
+"""The sampling job: what it decides before it draws, how it shares the work, and how soon it stops."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import sample as job
+from pipeline.config import Config, DataSection, DiffusionSection, ModelSection, SampleSection, TrainSection
+from pipeline.data.shardset import ShardSet
+from pipeline.diffusion.schedule import make_schedule
+from pipeline.errors import ConfigError, Stopped
+from pipeline.generator import Generator
+from pipeline.model.unet import UNet
+from pipeline.verify import verify
+
+CLASSES = ("cat", "dog")
+
+
+class Network(UNet):
+    """A real one that counts its passes, and lets a test interfere with one."""
+
+    passes = 0
+    at_pass: Callable[[int], None] = staticmethod(lambda n: None)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        Network.passes += 1
+        Network.at_pass(Network.passes)
+        return super().forward(x, t, labels)
+
+
+def generator(class_names: tuple[str, ...] = (), learned_variance: bool = False, **settings: Any) -> Generator:
+    model = ModelSection(
+        base_channels=4, channel_mults=(1, 2), attention_sizes=(), blocks_per_level=1, num_classes=len(class_names),
+        learned_variance=learned_variance,
+    )  # fmt: skip
+    config = Config(
+        data=DataSection(size=8, channels=1), model=model, diffusion=DiffusionSection(timesteps=50),
+        sample=SampleSection(**{"sampler": "ddim", "steps": 4, "batch": 4, **settings}),
+        train=TrainSection(precision="fp32"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = Network(model, channels=1, size=(8, 8))
+    return Generator(config, network, make_schedule("linear", 50), torch.device("cpu"), class_names=class_names or None)
+
+
+@pytest.fixture
+def draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """The job as the command line calls it, on an untrained network."""
+
+    def run(
+        seeds: str = "0-9", source: Generator | None = None, identity: str = "ab" * 32,
+        at_pass: Callable[[int], None] = lambda n: None, **flags: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        loaded = source or generator(), identity
+        monkeypatch.setattr(job.generators, "load", lambda *_, **__: loaded)
+        monkeypatch.setattr(Network, "passes", 0)
+        monkeypatch.setattr(Network, "at_pass", staticmethod(at_pass))
+        settings = {key: flags.pop(key) for key in list(flags) if key in SampleSection.model_fields}
+        outputs = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
+        given = {"shard_samples": None, "ema": True, "precision": None, "label": None, "size": None, "quiet": False}
+        return job.from_flags("a run", settings, seeds=seeds, **{**given, **outputs})
+
+    return run
+
+
+def test_the_names_of_the_classes_are_in_the_index(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    draw(source=generator(CLASSES), out=tmp_path / "named")
+    assert ShardSet.open(str(tmp_path / "named")).classes == CLASSES
+    unconditional = generator()
+    draw(source=Generator(unconditional.config, Network(unconditional.config.model, channels=1, size=(8, 8)),
+                          make_schedule("linear", 50), torch.device("cpu"), class_names=CLASSES),
+         out=tmp_path / "unconditional")  # fmt: skip
+    assert ShardSet.open(str(tmp_path / "unconditional")).classes is None
+
+
+def test_guidance_of_the_configuration_is_moot_where_it_cannot_be_had(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    draw(source=generator(guidance=3.0), out=tmp_path / "a")
+    assert ShardSet.open(str(tmp_path / "a")).settings["guidance"] == 1.0
+    draw(source=generator(CLASSES, guidance=3.0), out=tmp_path / "b")
+    assert ShardSet.open(str(tmp_path / "b")).settings["guidance"] == 3.0
+    with pytest.raises(ConfigError, match="this one is unconditional: leave them out"):
+        draw(source=generator(guidance=3.0), out=tmp_path / "c", guidance=2.0)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "ddpm"])
+@pytest.mark.parametrize("output", ["out", "grid", "video"])
+def test_a_stop_request_is_answered_before_the_next_pass_of_the_network(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, output: str
+) -> None:
+    (tmp_path / "o").mkdir()
+    place = tmp_path / "o" / {"out": "set", "grid": "g.png", "video": "v.mp4"}[output]
+    entered = []
+    monkeypatch.setattr(job.Interrupt, "__init__", _noting(entered, job.Interrupt.__init__))
+
+    last = 3 if output == "video" else 6
+
+    def at_pass(n: int) -> None:
+        if n == last:
+            entered[0].requested = "SIGUSR1"
+
+    with pytest.raises(Stopped, match=r"stop requested \(SIGUSR1\): finished shards stay"):
+        draw(sampler=sampler, at_pass=at_pass, **{output: place})
+    assert Network.passes == last
+    assert not [
+        path.name
+        for path in tmp_path.rglob("*")
+        if path.suffix in (".tmp", ".png", ".mp4") or path.name == "index.json"
+    ]
+
+
+def _noting(entered: list[Any], init: Callable[[Any], None]) -> Callable[[Any], None]:
+    def noting(self: Any) -> None:
+        init(self)
+        entered.append(self)
+
+    return noting
+
+
+def test_a_sheet_of_a_finished_set_is_read_and_not_drawn(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    draw(grid=tmp_path / "drawn.png")
+    for format in ("tar", "png", "npz"):
+        draw(out=tmp_path / format, format=format)
+        draw(out=tmp_path / format, format=format, grid=tmp_path / f"{format}.png")
+        assert Network.passes == 0
+        assert (tmp_path / f"{format}.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
+
+
+def test_progress_counts_each_picture_that_was_asked_for_once(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for seeds, total in (("0-9", 10), ("2-13", 12), ("0-13", 14), ("0-13", 14)):  # extends a shard at both ends
+        draw(seeds, out=tmp_path / "set", shard_samples=8)
+        counts = re.findall(r"sampling: (\d+)/(\d+) images", capfd.readouterr().err)
+        assert counts == [(str(total), str(total))]
+    assert verify(str(tmp_path / "set"), quiet=True) == []
+    draw("0-8", grid=tmp_path / "g.png")
+    assert "drawing the grid: 9/9 images" in capfd.readouterr().err
+    draw("0-2", video=tmp_path / "v.mp4")
+    assert "drawing the video: 5/5 frames" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seeds", "batch", "expected"),
+    [("0-9", 4, 4), ("0-49999", 64, 256), ("0-9999", 64, 128), ("0-999999", 512, 1024), ("0-9999999", 4096, 4096)],
+)
+def test_there_are_shards_for_many_processes_whatever_their_number(
+    monkeypatch: pytest.MonkeyPatch, seeds: str, batch: int, expected: int
+) -> None:
+    for world_size in ("1", "64"):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        assert job._shard_samples(job.Request(job.parse_seeds(seeds)), batch) == expected
+
+
+def test_a_set_keeps_the_size_of_its_shards(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    draw("0-9", out=tmp_path / "set", shard_samples=8)
+    assert draw("0-19", out=tmp_path / "set")["complete"]
+    assert [shard.samples for shard in ShardSet.open(str(tmp_path / "set")).shards] == [8, 8, 4]
+
+
+def test_a_shard_that_is_no_multiple_of_the_batch_lowers_it_and_says_so(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    draw(out=tmp_path / "set", shard_samples=6, quiet=True)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: batches of 3 instead of 4, to fit --shard-samples 6")
+    draw(out=tmp_path / "other", shard_samples=8, quiet=True)
+    assert not capfd.readouterr().err
+
+
+def test_the_tasks_of_an_array_begin_at_their_places_and_each_completes_the_set(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = list(range(10))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "3")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    starts = []
+    for task in (3, 4, 5, 6, 900):  # the last is an array's that has a stride
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        order = job._in_turn(shards, 0, 1)
+        assert sorted(order) == shards and order == [*range(order[0], 10), *range(order[0])]
+        starts.append(order[0])
+    assert starts[:4] == [0, 2, 5, 7]
+    assert job._in_turn([], 0, 1) == []
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "1")  # a task resubmitted alone
+    assert draw(out=tmp_path / "set")["complete"]
+
+
+def test_ranks_of_a_launcher_share_out_all_shards() -> None:
+    shards = list(range(10))
+    parts = [job._in_turn(shards, rank, 3) for rank in range(3)]
+    assert sorted(shard for part in parts for shard in part) == shards
+
+
+def test_samples_of_another_checkpoint_are_not_mixed_in(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    draw("0-3", out=tmp_path / "set")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    with pytest.raises(ConfigError, match=r"drawn differently .checkpoint_sha256: abab.* there, cdcd.* now"):
+        draw("0-9", out=tmp_path / "set", identity="cd" * 32)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
+    assert json.loads(before["index.json"])["source"] == f"checkpoint {'ab' * 32}"
+
+
+def test_a_variance_that_was_learned_cannot_be_chosen(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    assert draw(out=tmp_path / "a", sampler="ddpm", variance="fixed_small")["complete"]
+    assert ShardSet.open(str(tmp_path / "a")).settings["variance"] == "fixed_small"
+    with pytest.raises(ConfigError, match="--variance: this model has learned its variance: leave it out"):
+        draw(out=tmp_path / "b", source=generator(learned_variance=True), variance="fixed_small")
