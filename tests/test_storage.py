@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
@@ -158,6 +160,212 @@ def test_make_dirs_may_be_repeated(place: str) -> None:
     for _ in range(2):
         storage.make_dirs(join(place, "a", "b"))
     assert storage.is_dir(join(place, "a", "b")) or storage.is_remote(place)  # object stores have no directories
+
+
+def test_a_file_is_created_once(place: str) -> None:
+    url = join(place, "deep", "lease")
+    assert storage.create(url, b"mine")
+    assert not storage.create(url, b"yours")
+    assert storage.read_bytes(url) == b"mine"
+    assert storage.listdir(join(place, "deep")) == ["lease"]
+    storage.remove(url)
+    assert storage.create(url, b"yours")
+
+
+def test_what_need_not_last_is_as_whole_as_the_rest(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise AssertionError("nobody asked to wait for the disk")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    storage.write_bytes(join(place, "beat"), b"1", durable=False)
+    storage.write_bytes(join(place, "beat"), b"2", durable=False)
+    assert storage.read_bytes(join(place, "beat")) == b"2" and storage.listdir(place) == ["beat"]
+
+
+# --- exclusive creation on a disk ---
+
+
+def test_of_many_processes_one_creates_a_file_and_none_sees_a_part(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\nfrom pipeline import storage\n"
+        "made, torn, size = 0, 0, 200_000\n"
+        "for i in range(40):\n"
+        "    made += storage.create(f'{sys.argv[1]}/{i}', os.urandom(size))\n"
+        "    torn += len(storage.read_bytes(f'{sys.argv[1]}/{i}')) != size\n"
+        "print(made, torn)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    crowd = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    counts = [tuple(map(int, process.communicate()[0].split())) for process in crowd]
+    assert sum(made for made, _ in counts) == 40 and all(torn == 0 for _, torn in counts)
+    assert len(os.listdir(tmp_path)) == 40
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_links_creates_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert storage.create(str(tmp_path / "x"), b"mine")
+    assert not storage.create(str(tmp_path / "x"), b"yours")
+    assert (tmp_path / "x").read_bytes() == b"mine" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_link_that_was_made_although_it_is_said_to_exist_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS says when it has repeated a request."""
+    link = os.link
+
+    def repeat(source: str, target: str) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", repeat)
+    assert storage.create(str(tmp_path / "x"), b"mine")
+
+
+def test_a_place_that_refuses_creation_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(DataError) as caught:
+        storage.create(str(tmp_path / "x"), b"1")
+    _one_line(caught, str(tmp_path / "x"), "no space left")
+    assert os.listdir(tmp_path) == []
+
+
+def test_free_space_is_that_of_the_disk_the_place_will_be_on(tmp_path: Path) -> None:
+    free = storage.free_bytes(str(tmp_path / "not" / "yet"))
+    there = os.statvfs(tmp_path)
+    assert free is not None and abs(free - there.f_bavail * there.f_frsize) < 1 << 30
+    assert storage.free_bytes("memory://x") is None
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_directories_that_cannot_be_synced_are_let_off_and_failing_disks_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if code == errno.EIO:
+        with pytest.raises(DataError, match="Input/output"):
+            storage.sync_dir(str(tmp_path))
+    else:
+        storage.sync_dir(str(tmp_path))
+
+
+# --- a store that fails ---
+
+
+class Unwell:
+    """Lets reads from the memory file system fail: one after the other, an error is raised or the bytes are cut."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: Exception | int) -> None:
+        self.answers, self.asked = list(answers), 0
+        read = MemoryFileSystem.cat_file
+
+        def cat_file(fs: MemoryFileSystem, path: str, start: int, end: int) -> bytes:
+            self.asked += 1
+            answer = self.answers.pop(0) if self.answers else None
+            if isinstance(answer, Exception):
+                raise answer
+            return read(fs, path, start=start, end=end)[:answer]
+
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def poem() -> Iterator[str]:
+    storage.write_bytes("memory://unwell/poem", bytes(range(200)))
+    yield "memory://unwell/poem"
+    storage.remove("memory://unwell")
+
+
+def test_a_stream_that_breaks_or_ends_early_is_taken_up_where_it_was_good(
+    poem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = storage.retries()
+    Unwell(monkeypatch, ConnectionResetError("reset"), 70, 0, TimeoutError("late"), 1)
+    with storage.open_read(poem, 10) as file:
+        assert file.read() == bytes(range(10, 200))
+    assert storage.retries() == before + 5
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError, IsADirectoryError, ValueError, TypeError])
+def test_what_cannot_heal_is_not_tried_again(
+    poem: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    unwell = Unwell(monkeypatch, error("no"))
+    with pytest.raises((DataError, FileNotFoundError, TypeError)):
+        storage.read_bytes(poem)
+    assert unwell.asked == 1
+
+
+def test_a_store_that_stays_unwell_is_given_up_in_time_and_named(poem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDPM_IO_TIMEOUT", "0.5")
+    unwell = Unwell(monkeypatch, *[OSError("the store\nis unwell")] * 100_000)
+    with pytest.raises(DataError) as caught:
+        storage.read_bytes(poem)
+    assert str(caught.value).startswith(f"cannot read {poem}: the store is unwell: tried for 0.5 s; run the same")
+    assert unwell.asked > 1
+    monkeypatch.setenv("DDPM_IO_TIMEOUT", "soon")
+    with pytest.raises(ConfigError, match="DDPM_IO_TIMEOUT is 'soon': give seconds, such as 60"):
+        storage.read_bytes(poem)
+
+
+def test_retries_are_noted_once_a_minute_in_one_line(
+    poem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = time.monotonic() + 1000
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for later in (0, 1, 59, 2):  # seconds since the one before
+        now += later
+        Unwell(monkeypatch, OSError("un\nwell"), OSError("worse"))
+        storage.read_bytes(poem)
+    assert capsys.readouterr().err == f"retrying {poem}: un well\n" * 2
+
+
+def test_a_server_without_parts_is_told_instead_of_misread(poem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda fs, path, start, end: bytes(range(200)))
+    assert storage.read_bytes(poem) == bytes(range(200))
+    with pytest.raises(DataError, match="gives whole files only, not parts"), storage.open_read(poem, 10) as file:
+        file.read(5)
+
+
+def test_creation_whose_answer_was_lost_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = MemoryFileSystem.pipe_file
+    asked = []
+
+    def lose_answer(fs: MemoryFileSystem, path: str, value: bytes, mode: str) -> None:
+        asked.append(path)
+        upload(fs, path, value, mode=mode)
+        if len(asked) == 1:
+            raise ConnectionResetError("reset")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lose_answer)
+    assert storage.create("memory://unwell/lease", b"mine")
+    assert len(asked) == 2
+    assert not storage.create("memory://unwell/lease", b"yours")
+    storage.remove("memory://unwell")
+
+
+def test_a_store_without_exclusive_creation_looks_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = MemoryFileSystem.pipe_file
+
+    def pipe_file(fs: MemoryFileSystem, path: str, value: bytes) -> None:
+        upload(fs, path, value)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
+    assert storage.create("memory://unwell/lease", b"mine")
+    assert not storage.create("memory://unwell/lease", b"yours")
+    assert storage.read_bytes("memory://unwell/lease") == b"mine"
+    storage.remove("memory://unwell")
 
 
 # --- names ---
