@@ -23,20 +23,26 @@ def ddpm(job: str, *arguments: object, timeout_s: float = 120) -> subprocess.Com
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
-def start(processes: int, job: str, *arguments: object, log: Path) -> subprocess.Popen[bytes]:
-    """Start `accelerate launch -m pipeline.JOB …` with so many gloo processes; output is appended to `log`."""
+def start(
+    processes: int, job: str, *arguments: object, log: Path, package: str = "pipeline", **environment: str
+) -> subprocess.Popen[bytes]:
+    """Start `accelerate launch -m PACKAGE.JOB …` with so many gloo processes; output is appended to `log`."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     if processes > 1:
         launcher.append("--multi_gpu")  # the way to several ranks also without any GPU
-    command = [*launcher, "-m", f"pipeline.{job}", *map(str, arguments)]
+    command = [*launcher, "-m", f"{package}.{job}", *map(str, arguments)]
     with log.open("ab") as output:
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
+        return subprocess.Popen(command, env={**ENVIRONMENT, **environment}, stdout=output, stderr=output)
 
 
-def launch(processes: int, job: str, *arguments: object, log: Path, timeout_s: float = 180) -> int:
+def launch(processes: int, job: str, *arguments: object, log: Path, timeout_s: float = 180, **options: str) -> int:
     """The same, to its end; the launcher's exit code."""
-    launcher = start(processes, job, *arguments, log=log)
+    return ended(start(processes, job, *arguments, log=log, **options), log, timeout_s)
+
+
+def ended(launcher: subprocess.Popen[bytes], log: Path, timeout_s: float = 180) -> int:
+    """The launcher's exit code, once it has one."""
     try:
         return launcher.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -57,6 +63,17 @@ def kill(launcher: subprocess.Popen[bytes]) -> None:
             continue
     psutil.wait_procs(family, timeout=30)
     launcher.wait()
+
+
+def ranks(launcher: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
+    """The processes that train, by rank."""
+    children = psutil.Process(launcher.pid).children()
+    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended; an orphan's number may stay for a while."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def until(condition: Callable[[], bool], launcher: subprocess.Popen[bytes], timeout_s: float = 120) -> bool:

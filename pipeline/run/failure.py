@@ -37,12 +37,14 @@ def recorded(run_dir: str, heartbeat: Heartbeat, lost_contact: Callable[[BaseExc
             _write(run_dir, heartbeat, error, traceback.format_exc())
             raise
         place = f"at step {heartbeat.step} in {heartbeat.phase}"
-        if first := read(run_dir):
+        first = read(run_dir)
+        if first and first["trace"]:
             raise RankLost(
                 f"lost contact {place}: rank {first['rank']} on {first['host']} failed first, at step {first['step']} "
                 f"in {first['phase']}: {first['error']}; see {storage.join(run_dir, FILE)}"
             ) from error
-        lost = RankLost(f"lost contact {place}: {heartbeat.diagnosis()}; the same command goes on from the last save")
+        why = first["error"] if first else heartbeat.diagnosis()
+        lost = RankLost(f"lost contact {place}: {why}; the same command goes on from the last save")
         _write(run_dir, heartbeat, lost, traceback.format_exc())
         raise lost from error
 
@@ -76,4 +78,7 @@ def _write(run_dir: str, heartbeat: Heartbeat, error: Exception, trace: str | No
         "exit_code": getattr(error, "exit_code", 1),
     }
     with suppress(PipelineError, OSError):
+        known = read(run_dir)
+        if known and not known["trace"]:
+            clear(run_dir)  # it was only a suspicion
         storage.create(storage.join(run_dir, FILE), (json.dumps(content, indent=1) + "\n").encode())

@@ -22,6 +22,8 @@ from pipeline.run.background import Every
 BEAT_S = 3.0
 PHASES = ("starting", "data", "gradient", "agreement", "update", "report", "validation", "preview", "saving", "ended")
 """In the order of a step."""
+_TOGETHER = ("gradient", "agreement")
+"""Phases in which ranks wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,11 @@ class Heartbeat:
             who = [f"{beat}, silent, last seen in {beat.phase} at step {beat.step}" for beat in silent]
             return "; ".join([*who, *(f"{name} never showed itself" for name in missing)])
         if len(behind) < len(after):
-            return "; ".join(f"{beat} is behind, in {beat.phase} at step {beat.step}" for beat in behind)
+            return "; ".join(
+                f"{beat} is behind, in {beat.phase} at step {beat.step}"
+                + (", or the network to it is down" if beat.phase in _TOGETHER else "")
+                for beat in behind
+            )
         hosts = ", ".join(dict.fromkeys(beat.host for beat in after.values()))
         return (
             f"ranks {', '.join(map(str, after))} are all alive and wait for each other in {self.phase} at step "
@@ -100,8 +106,10 @@ class Heartbeat:
     def _watch(self) -> None:
         self._beat()
         if time.monotonic() - self._since > self._patience_s and not self._told:
-            self._told = True
-            self._on_stall(self.diagnosis())
+            self._told, place = True, (self.step, self.phase)
+            diagnosis = self.diagnosis()
+            if place == (self.step, self.phase):
+                self._on_stall(diagnosis)
 
     def _beat(self) -> None:
         self._beats += 1

@@ -1,0 +1,115 @@
+"""A rank that dies, hangs or fails is named, by the others and in FAILED.json; a run belongs to one job at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from pipeline.data.shardset import ShardSet
+from tests.launch import TINY, ddpm, ended, kill, launch, ranks, start, until
+
+LONG = (*TINY, "train.steps=100000", "run.checkpoint_every=10", "run.log_every=1")
+
+
+def logged_step(run: Path) -> int:
+    return (run / "log.jsonl").read_text().count("\n") if (run / "log.jsonl").exists() else 0
+
+
+def failed(run: Path) -> dict:
+    return json.loads((run / "FAILED.json").read_text())
+
+
+def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = (*LONG, f"data.shards={digits}", f"run.dir={run}")
+    launcher = start(3, "train", *arguments, log=log)
+    assert until(lambda: logged_step(run) >= 12, launcher)
+    victim = ranks(launcher)[2]
+    victim.kill()
+    assert ended(launcher, log, 90) == 1
+    told = failed(run)
+    assert told["rank"] in (0, 1)
+    assert f"rank 2 (process {victim.pid} on " in told["error"], told
+    assert "silent, last seen in" in told["error"]
+    assert told["exit_code"] == 1
+    assert launch(2, "train", *arguments, f"train.steps={told['step'] + 20}", log=log) == 0
+    assert "resuming at step" in log.read_text()
+    assert not (run / "FAILED.json").exists()
+
+
+def test_a_rank_that_hangs_is_named_with_its_phase(digits: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    launcher = start(3, "train", *LONG, f"data.shards={digits}", f"run.dir={run}", "run.timeout=12", log=log)
+    assert until(lambda: logged_step(run) >= 3, launcher)
+    victim = ranks(launcher)[1]
+    victim.suspend()
+    stopped = time.monotonic()
+    until((run / "FAILED.json").exists, launcher, 60)
+    assert time.monotonic() - stopped < 40
+    assert f"rank 1 (process {victim.pid} on " in failed(run)["error"]
+    kill(launcher)
+    assert f"rank 1 (process {victim.pid} on " in log.read_text()
+
+
+def test_the_first_rank_that_fails_is_recorded_and_the_others_point_at_it(digits: Path, tmp_path: Path) -> None:
+    """A damaged sample: the rank that reads it fails with the reason, the other one only loses contact."""
+    data, run, log = shutil.copytree(digits, tmp_path / "data"), tmp_path / "run", tmp_path / "log"
+    shards = ShardSet.open(str(data))
+    rows = shards.sidecar(2)
+    with Path(shards.tar(2)).open("r+b") as tar:
+        for row in rows[:50]:
+            tar.seek(int(row["offset"]) + int(row["image_offset"]) + 20)
+            tar.write(np.full(4, 255, np.uint8).tobytes())
+    assert launch(2, "train", *LONG, f"data.shards={data}", f"run.dir={run}", "data.workers=0", log=log) == 1
+    told = failed(run)
+    assert "crc32" in told["error"] and told["exit_code"] == 3 and "Traceback" in told["trace"]
+    assert f"rank {told['rank']} on " in log.read_text()
+    assert "failed first" in log.read_text()
+
+
+def test_a_second_trainer_is_told_who_holds_the_run(digits: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = (*LONG, f"data.shards={digits}", f"run.dir={run}")
+    first = start(2, "train", *arguments, log=log)
+    assert until(lambda: logged_step(run) >= 3, first)
+    holder = ranks(first)[0].pid
+    second = ddpm("train", *arguments)
+    assert second.returncode == 2, second.stderr
+    assert f"{run} is held by process {holder} on " in second.stderr
+    assert not (run / "FAILED.json").exists()
+    before = logged_step(run)
+    assert until(lambda: logged_step(run) > before, first), "the first one was disturbed"
+
+    kill(first)  # a dead holder on this machine is replaced at once
+    begun = time.monotonic()
+    third = start(2, "train", *arguments, log=log)
+    assert until(lambda: "resuming at step" in log.read_text(), third)
+    assert f"from process {holder} on " in log.read_text() and "its process is gone" in log.read_text()
+    assert time.monotonic() - begun < 60
+    kill(third)
+
+
+def test_a_frozen_holder_finds_out_and_writes_no_more(digits: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = (*LONG, f"data.shards={digits}", f"run.dir={run}", "data.workers=0")
+    zombie = start(1, "train", *arguments, log=log)
+    assert until(lambda: logged_step(run) >= 12, zombie)
+    (process,) = (p for p in psutil.Process(zombie.pid).children() if "train" in " ".join(p.cmdline()))
+    process.suspend()
+    # As if it ran on another machine, where its process cannot be looked at.
+    (lease,) = (run / "control").glob("lease-*.json")
+    lease.write_text(lease.read_text().replace('"machine": "', '"machine": "another '))
+    heir = ddpm("train", *arguments, "train.steps=200", timeout_s=240)
+    assert heir.returncode == 0, heir.stderr
+    assert "it has not moved for 30 s" in heir.stderr
+    after = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    process.send_signal(signal.SIGCONT)
+    assert ended(zombie, log, 60) == 1
+    assert "was taken over by" in log.read_text()
+    assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == after

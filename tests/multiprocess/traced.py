@@ -1,0 +1,36 @@
+"""`python -m tests.multiprocess.traced train …`: the command, but each rank writes down what its steps are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline import cli, noise
+from pipeline.data.batches import Batch
+from pipeline.noise import Use
+from pipeline.trainer import Gradient, Position, Trainer
+
+_gradient = Trainer.gradient
+
+
+def _traced(self: Trainer, batch: Batch, position: Position) -> Gradient:
+    """One line a sample: step, position in the order, picture, and the timestep that was used, in order of position."""
+    result = _gradient(self, batch, position)
+    epsilon = noise.normals(self.config.train.seed, batch.positions, Use.NOISE, (4,))
+    folder = Path(os.environ["TRACE"])
+    with (folder / f"{os.environ['START']}-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
+        for i, q in enumerate(batch.positions.tolist()):
+            picture = hashlib.sha256(batch.images[i].numpy().tobytes()).hexdigest()[:16]
+            file.write(json.dumps([position.step, q, picture, int(result.t[i]), epsilon[i].tolist()]) + "\n")
+    return result
+
+
+Trainer.gradient = _traced  # type: ignore[method-assign]
+if __name__ == "__main__":
+    assert torch.get_num_threads()
+    cli.main(["train", *sys.argv[1:]])
