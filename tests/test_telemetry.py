@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,13 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline import storage
 from pipeline.run.telemetry import Telemetry
+from tests.disk import small_disk
+
+
+def nothing_to_say(line: str) -> None:
+    raise AssertionError(line)
 
 
 def curve(run: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
@@ -27,7 +35,7 @@ def logged(run: Path) -> list[tuple[int, float]]:
 
 def start(run: Path, first: int, last: int, value: float) -> None:
     """A start that goes on from step `first` and records steps up to `last`."""
-    with Telemetry(str(run), first) as telemetry:
+    with Telemetry(str(run), first, nothing_to_say) as telemetry:
         for step in range(first + 1, last + 1):
             telemetry.scalars(step, {"train/loss": value + step, "speed/images_per_s": 1.0})
 
@@ -58,7 +66,7 @@ def test_a_clean_resume_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_log_lines_are_complete_and_there_at_once(tmp_path: Path) -> None:
-    with Telemetry(str(tmp_path), 0) as telemetry:
+    with Telemetry(str(tmp_path), 0, nothing_to_say) as telemetry:
         telemetry.scalars(1, {"train/loss": 0.5, "train/lr": 2e-4})
         (line,) = (tmp_path / "log.jsonl").read_text().splitlines()  # without waiting for the end
         value = json.loads(line)
@@ -80,15 +88,90 @@ def test_a_line_cut_before_its_newline_stays_a_line(tmp_path: Path) -> None:
     assert logged(tmp_path) == [(1, 1.0), (2, 2.0)]
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 300, b"\xff\xfe\n", b"[1]\n", b"{}\n", b'{"step": 2}}\n'])
+def test_what_a_power_cut_left_in_the_log_does_not_end_the_run(tmp_path: Path, damage: bytes) -> None:
+    line = b'{"step": 1, "time": 1.0, "train/loss": 1}\n'
+    (tmp_path / "log.jsonl").write_bytes(line + damage)
+    start(tmp_path, 1, 2, 0.0)
+    assert logged(tmp_path) == [(1, 1.0), (2, 2.0)]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_preview_is_a_file_and_an_image_in_tensorboard(tmp_path: Path, channels: int) -> None:
     sheet = np.random.default_rng(0).integers(0, 256, (20, 30, channels), np.uint8)
-    with Telemetry(str(tmp_path), 0) as telemetry:
-        path = telemetry.preview(500, sheet)
-    assert path == str(tmp_path / "previews" / "step_00000500.png")
+    with Telemetry(str(tmp_path), 0, nothing_to_say) as telemetry:
+        telemetry.preview(500, sheet)
+    path = tmp_path / "previews" / "step_00000500.png"
     picture = np.asarray(Image.open(path)).reshape(20, 30, channels)
     assert np.array_equal(picture, sheet)
     reader = EventAccumulator(str(tmp_path / "tensorboard"))
     reader.Reload()
     (event,) = reader.Images("preview")
     assert (event.step, event.width, event.height) == (500, 30, 20)
+
+
+# --- what cannot be written ---
+
+
+def is_whole(log: Path) -> bool:
+    text = log.read_text()
+    return all(json.loads(line)["step"] for line in text.splitlines()) and text.endswith("}\n")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_full_disk_costs_only_curves_and_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    sheet = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        run = disk.path / "run"
+        with Telemetry(str(run), 0, said.append) as telemetry:
+            telemetry.scalars(1, {"train/loss": 1.0})
+            disk.fill()
+            for step in range(2, 200):  # until the last page of the log is full
+                telemetry.scalars(step, {"train/loss": float(step)} | {f"a/{i}": 0.1 for i in range(10)})
+                telemetry.preview(step, sheet)
+                assert is_whole(run / "log.jsonl")
+            assert len(said) == 1 and said[0].startswith("warning: curves and pictures are not recorded, training goes")
+            before = len(logged(run))
+            disk.make_room()
+            telemetry.scalars(200, {"train/loss": 200.0})
+        assert 1 < before < 199
+        assert logged(run)[-1] == (200, 200.0) and len(logged(run)) == before + 1
+        assert curve(run)[0] == (1, 1.0) and curve(run)[-1] == (200, 200.0)
+        assert list((run / "previews").glob(".*")) == []
+    assert len(said) == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_read_only_file_system_costs_only_curves(tmp_path: Path) -> None:
+    said: list[str] = []
+    with small_disk(tmp_path / "disk") as disk:
+        start(disk.path / "run", 0, 3, 0.0)
+        disk.remount("ro")
+        with Telemetry(str(disk.path / "run"), 2, said.append) as telemetry:
+            telemetry.scalars(3, {"train/loss": 1.0})
+            telemetry.preview(3, np.zeros((4, 4, 3), np.uint8))
+        assert len(said) == 1 and "ead-only" in said[0]
+        assert logged(disk.path / "run") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_run_on_an_object_store_has_its_curves_there(tmp_path: Path) -> None:
+    run = f"memory://{uuid.uuid4().hex}/run"
+    for first, last, value in ((0, 7, 0.0), (4, 6, 0.5)):
+        with Telemetry(run, first, nothing_to_say) as telemetry:
+            for step in range(first + 1, last + 1):
+                telemetry.scalars(step, {"train/loss": value + step})
+            telemetry.preview(last, np.zeros((4, 4, 3), np.uint8))
+            uploading = threading.Thread(target=telemetry.upload)  # as after a save
+            uploading.start()
+            telemetry.scalars(last, {"val/loss": 0.0})
+            uploading.join()
+        next_second()
+    (tmp_path / "tensorboard").mkdir()
+    for name in storage.listdir(f"{run}/tensorboard"):
+        (tmp_path / "tensorboard" / name).write_bytes(storage.read_bytes(f"{run}/tensorboard/{name}"))
+    expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 5.5), (6, 6.5)]
+    assert curve(tmp_path) == expected
+    lines = [json.loads(line) for line in storage.read_bytes(f"{run}/log.jsonl").decode().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line] == expected
+    assert storage.listdir(f"{run}/previews") == ["step_00000006.png", "step_00000007.png"]
