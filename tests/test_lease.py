@@ -160,6 +160,17 @@ def test_a_process_number_that_another_process_has_by_now_is_no_sign_of_life(run
         assert said[0].endswith("its process is gone")
 
 
+def test_a_process_number_of_another_machine_says_nothing(run: str, start: Start) -> None:
+    other = start(run)
+    other.kill()
+    other.wait()
+    on_another_machine(run)
+    said: list[str] = []
+    with Lease(run, said.append):
+        assert said[0].endswith("watching for 2 s whether it is alive")
+        assert said[1:] == [f"taking {run} over from process {other.pid} on n3: it has not moved for 2 s"]
+
+
 def test_the_same_batch_job_started_again_takes_over_at_once(
     run: str, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +295,7 @@ def test_a_late_taker_of_a_number_that_was_passed_asks_again(run: str, monkeypat
 
 
 def test_of_many_that_race_exactly_one_has_each_generation(run: str) -> None:
-    """Processes that take the run as often as they can; whoever holds it looks whether somebody else believes so too."""
+    """Processes that take the run as often as they can; who holds it looks whether somebody else believes so too."""
     rounds, racers = 25, 4
     code = RACER.format(beat=BEAT_S, run=run, rounds=rounds)
     racing = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(racers)]
@@ -344,5 +355,5 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
             Lease(str(disk.path / "run"), nothing_to_say).__enter__()
         assert "\n" not in str(caught.value)
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="a part of this path is a file|a file of this name is in the way"):
+    with pytest.raises(DataError, match=r"a part of this path is a file|a file of this name is in the way"):
         Lease(str(tmp_path / "file" / "run"), nothing_to_say).__enter__()
