@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint schema bench clean
+.PHONY: demo test soak lint schema bench clean
 
 demo: samples/demo.png
 	@printf '%s\n' '' 'The demo is complete.' \
@@ -25,6 +25,9 @@ shards/digits/index.json: | $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/ready  ## 30 SIGKILLs over one run of 3 ranks; a quarter of an hour
+	DDPM_KILLS=30 $(BIN)/python -m pytest -s --timeout 3600 tests/laws/test_exact_resume.py -k killed_at_any_moment
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -7,9 +7,11 @@ DistributedDataParallel.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from safetensors.torch import load_file
 from tests.launch import TINY, ddpm, kill, launch, start, until
 
 RANKS = 3
-STEPS = 20
+KILLS = int(os.environ.get("DDPM_KILLS", "5"))  # `make soak` takes 30
+STEPS = max(20, 4 * KILLS)
 PARTS = ("model", "ema", "optimizer")
 
 
@@ -40,49 +43,54 @@ def assert_same_bytes(run: Path, other: Path) -> None:
             pytest.fail(f"{part} differs at step {mine.name}, most in {name}: {gap:.3g}")
 
 
+def arguments(digits: Path, run: Path) -> tuple[str, ...]:
+    return (*TINY, f"data.shards={digits}", f"run.dir={run}", f"train.steps={STEPS}")
+
+
 @pytest.fixture(scope="module")
 def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("unbroken") / "run"
     log = run.parent / "log"
-    assert launch(RANKS, "train", *TINY, f"data.shards={digits}", f"run.dir={run}", log=log) == 0, log.read_text()
+    assert launch(RANKS, "train", *arguments(digits, run), log=log) == 0, log.read_text()
     return run
 
 
 def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(digits: Path, unbroken: Path, tmp_path: Path) -> None:
-    run, log, moment = tmp_path / "run", tmp_path / "log", random.Random(0)
-    arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}")
+    run, log, chance = tmp_path / "run", tmp_path / "log", random.Random(0)
 
     def half_saved() -> bool:  # a checkpoint is being written: its directory is there, its manifest is not
         return any(not (path / "manifest.json").exists() for path in (run / "checkpoints").glob("step_*"))
 
     starts = 0
     while not (run / "DONE").exists():
-        launcher, begun = start(RANKS, "train", *arguments, log=log), committed_step(run)
+        launcher, begun = start(RANKS, "train", *arguments(digits, run), log=log), committed_step(run)
         starts += 1
-        if starts <= 5:
-            if starts % 2:
-                until(half_saved, launcher)
-            else:
-                target = begun + moment.randint(2, 6)
-                until(lambda target=target: committed_step(run) >= target, launcher)  # type: ignore[misc]
-            kill(launcher)
-        else:
+        if starts > KILLS:
             assert launcher.wait(180) == 0, log.read_text()[-4000:]
-    assert starts > 3, "the run ended before it was killed often enough"
+        elif starts % 3 == 1:
+            until(half_saved, launcher)
+        elif starts % 3 == 2:
+            target = begun + chance.randint(2, 6)
+            until(lambda target=target: committed_step(run) >= target, launcher)  # type: ignore[misc]
+        else:
+            time.sleep(chance.uniform(0, 12))  # also while it starts
+        kill(launcher)
+    print(f"{starts} starts, {log.read_text().count('resuming at step')} of them from a checkpoint")
+    assert starts > min(KILLS, 3), "the run ended before it was killed often enough"
     assert log.read_text().count("resuming at step") >= 2
     assert_same_bytes(run, unbroken)
 
 
 def test_a_run_told_to_stop_saves_and_goes_on(digits: Path, unbroken: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}", "run.checkpoint_every=1000")
-    launcher = start(RANKS, "train", *arguments, log=log)
+    told = (*arguments(digits, run), "run.checkpoint_every=1000")
+    launcher = start(RANKS, "train", *told, log=log)
     assert until(lambda: (run / "log.jsonl").exists() and (run / "log.jsonl").read_text().count("\n") >= 3, launcher)
     launcher.send_signal(signal.SIGTERM)
     launcher.wait(60)
     assert "stop requested (SIGTERM): saved step" in log.read_text(), log.read_text()[-4000:]
     assert 0 < committed_step(run) < STEPS
-    assert launch(RANKS, "train", *arguments, log=log) == 0
+    assert launch(RANKS, "train", *told, log=log) == 0
     assert_same_bytes(run, unbroken)
 
 
