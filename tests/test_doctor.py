@@ -158,9 +158,16 @@ def test_small_limits_are_told() -> None:
 
 
 def test_a_finished_run(tiny_run: Path) -> None:
-    code, report, _ = _doctor("--run", tiny_run)
-    run = report["run"]
-    assert (code, run["state"], run["step"], run["lanes"], run["holder"]) == (0, "done", 6, 12, None)
+    run = doctor.examine(f"{tiny_run}/")["run"]
+    assert run == {
+        "path": str(tiny_run),
+        "state": "done",
+        "step": 6,
+        "lanes": 12,
+        "holder": None,
+        "save_s": run["save_s"],
+    }
+    assert 0 < run["save_s"] < 60
 
 
 @pytest.fixture
@@ -189,14 +196,14 @@ def test_a_failed_run(copy: Path) -> None:
         "exit_code": 3,
     }
     (copy / "FAILED.json").write_text(json.dumps(failure))
-    state = _doctor("--run", copy)[1]["run"]["state"]
+    state = doctor.examine(str(copy))["run"]["state"]
     assert all(part in state for part in ("rank 3", "n2", "step 5", "shard 7 is gone"))
 
 
 def test_a_stopped_run(copy: Path) -> None:
     (copy / "control").mkdir(exist_ok=True)
     (copy / "control" / "stopped.json").write_text(json.dumps({"reason": "SIGTERM", "step": 6}))
-    assert _doctor("--run", copy)[1]["run"]["state"] == "stopped on request (SIGTERM)"
+    assert doctor.examine(str(copy))["run"]["state"] == "stopped on request (SIGTERM)"
 
 
 @pytest.mark.parametrize(("save_s", "told"), [(19.0, False), (27.5, True)])
@@ -204,8 +211,8 @@ def test_a_save_that_does_not_fit_the_grace_period_is_told(copy: Path, save_s: f
     with (copy / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": 2, "checkpoint/save_s": 99.0}) + "\n")
         log.write(json.dumps({"step": 4, "checkpoint/save_s": save_s}) + "\n" + '{"step": 6, "checkpoint/sa')
-    code, report, _ = _doctor("--run", copy)
-    assert report["run"]["save_s"] == save_s and code == 0
+    report = doctor.examine(str(copy))
+    assert report["run"]["save_s"] == save_s and report["ok"]
     assert any("PET_SHUTDOWN_TIMEOUT" in finding["mend"] for finding in report["findings"]) == told
 
 
