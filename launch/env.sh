@@ -13,7 +13,7 @@ if [ -r .venv/bin/activate ]; then . .venv/bin/activate; fi
 CONTAINER=()
 # CONTAINER=(apptainer exec --nv --bind /scratch "$HOME/ddpm.sif")
 
-# 3. Training processes on a node: one for each GPU that SLURM gave. On CPU nodes say how many: RANKS_PER_NODE=4 sbatch …
+# 3. Training processes on a node: one for each GPU that SLURM gave. On CPU nodes: RANKS_PER_NODE=4 sbatch …
 export RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
 # 4. CPU threads of a process: the node's cores shared out.

@@ -3,8 +3,8 @@
 # the launcher hears none, so that all ranks save the same step and leave in good order.
 #   node.sh CONFIG.yaml [key=value …]      with MASTER and PORT from train.sbatch
 set -u
-. launch/env.sh
 . launch/stoppable.sh
+. launch/env.sh
 
 processes=$((SLURM_NNODES * RANKS_PER_NODE))
 if [ "$processes" = 1 ]; then   # accelerate's launcher for one process would die of a signal and leave it alone

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# For the scripts that start something: a signal to stop, whoever SLURM sends it to and however early, becomes a file
-# that the job looks at. Each start on each node has a name of its own, so a file that is left over stops nothing.
+# For the scripts that start something, before all else: a signal to stop, whoever SLURM sends it to and however early,
+# becomes a file that the job looks at. Each start on each node has its own, so one that is left over stops nothing.
 export DDPM_STOP_FILE=/tmp/ddpm-stop.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.${SLURM_NODEID:-0}
 trap 'touch "$DDPM_STOP_FILE"' USR1 USR2 TERM
 trap 'rm -f "$DDPM_STOP_FILE"' EXIT

@@ -1,0 +1,99 @@
+"""Job arrays on a real SLURM: no task owns anything by its number, and a part is a part of one whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.launch import ddpm
+from tests.slurm.cluster import ROOT, Cluster, Job, thaw
+
+SHARDS = 6
+SLOW = ("--shard-samples", "16", "--sampler", "ddpm", "--steps", "100")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "index.json"}
+
+
+def test_a_sampling_task_that_was_killed_is_submitted_alone_and_the_set_is_whole(
+    cluster: Cluster, tiny_run: Path, tmp_path: Path
+) -> None:
+    out, once = tmp_path / "samples", tmp_path / "once"
+    asked = (
+        tiny_run,
+        "--seeds",
+        f"0-{16 * SHARDS - 1}",
+        "--shard-samples",
+        "16",
+        "--sampler",
+        "ddpm",
+        "--steps",
+        "100",
+    )
+    script = ("launch/slurm/sample.sbatch", *asked, "--out", out)
+    array = cluster.submit("--array=0-1", *script, log=tmp_path / "%a.log")
+    tasks = [Job(cluster, f"{array.number}_{task}", tmp_path / f"{task}.log") for task in (0, 1)]
+    held, killed = (task.freeze("sample", count=1)[0] for task in tasks)
+    killed.kill()
+    assert tasks[1].end() == "FAILED" and tasks[1]["Restarts"] == "0"
+    assert not (out / "index.json").exists()
+
+    alone = cluster.submit("--array=1", *script, log=tmp_path / "again.log")
+    again = Job(cluster, f"{alone.number}_1", tmp_path / "again.log")
+    assert again.end() == "COMPLETED", again.text()
+    assert ddpm("verify", out).returncode == 0
+    ddpm("sample", *asked, "--out", once).check_returncode()
+    tars = {name: data for name, data in files(once).items() if name.endswith(".tar")}
+    assert len(tars) == SHARDS
+    assert {name: data for name, data in files(out).items() if name.endswith(".tar")} == tars
+
+    thaw([held])  # a slow task finds all done, and harms nothing
+    assert tasks[0].end() == "COMPLETED", tasks[0].text()
+    assert ddpm("verify", out).returncode == 0
+    assert {name: data for name, data in files(out).items() if name.endswith(".tar")} == tars
+
+
+def test_a_sampling_task_that_is_told_to_stop_requeues_itself_alone(
+    cluster: Cluster, tiny_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "samples"
+    array = cluster.submit("--array=0-1", "launch/slurm/sample.sbatch", tiny_run, "--seeds", "0-63", *SLOW,
+                           "--out", out, log=tmp_path / "%a.log")  # fmt: skip
+    tasks = [Job(cluster, f"{array.number}_{task}", tmp_path / f"{task}.log") for task in (0, 1)]
+    held = [task.freeze("sample", count=1)[0] for task in tasks]
+    tasks[1].cancel("--batch", "--signal=USR2")
+    tasks[1].until(lambda: Path(held[1].environ()["DDPM_STOP_FILE"]).exists())
+    thaw([held[1]])
+    tasks[1].until(lambda: tasks[1]["Restarts"] == "1")
+    thaw([held[0]])
+    assert [task.end() for task in tasks] == ["COMPLETED", "COMPLETED"], tasks[1].text()
+    assert [task["Restarts"] for task in tasks] == ["0", "1"]
+    assert json.loads((out / "index.json").read_text())["shards"][3]["samples"] == 16
+    assert ddpm("verify", out).returncode == 0
+
+
+def test_parts_of_a_shard_set_are_the_bytes_of_one_job(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "digits"
+    script = ("launch/slurm/shard.sbatch", ROOT / "shards/digits.zip", "--out", out, "--size", "8", "--channels", "1",
+              "--shard-samples", "300", "--workers", "1")  # fmt: skip
+    array = cluster.submit("--array=0-1", *script, log=tmp_path / "%a.log")
+    tasks = [Job(cluster, f"{array.number}_{task}", tmp_path / f"{task}.log") for task in (0, 1)]
+    assert [task.end() for task in tasks] == ["COMPLETED", "COMPLETED"], tasks[0].text() + tasks[1].text()
+    assert ddpm("verify", out).returncode == 0
+    assert files(out) == files(digits)
+    assert (out / "index.json").read_bytes() == (digits / "index.json").read_bytes()
+
+
+def test_a_part_alone_must_say_of_how_many(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "digits"
+    script = ("launch/slurm/shard.sbatch", ROOT / "shards/digits.zip", "--out", out, "--size", "8", "--channels", "1",
+              "--shard-samples", "300", "--workers", "1")  # fmt: skip
+    wrong = cluster.submit("--array=1", *script, log=tmp_path / "wrong.log")
+    assert Job(cluster, f"{wrong.number}_1", tmp_path / "wrong.log").end() == "FAILED"
+    assert "PARTS=N" in (tmp_path / "wrong.log").read_text() and not out.exists()
+    right = cluster.submit("--array=1", *script, log=tmp_path / "right.log", PARTS="2")
+    task = Job(cluster, f"{right.number}_1", tmp_path / "right.log")
+    assert task.end() == "COMPLETED", task.text()
+    tars = {name for name in files(out) if name.endswith(".tar")}
+    assert tars == {name for name in files(digits) if name.endswith(".tar")} - {f"digits-{i:06d}.tar" for i in range(3)}
