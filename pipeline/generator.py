@@ -232,6 +232,8 @@ def _read(source: str, *, ema: bool) -> _Model:
     )
     if folder:
         return _read_diffusers(source, folder)
+    if storage.exists(source) and not storage.is_dir(source):
+        raise ConfigError(f"{source} is a file: give a run, a checkpoint or a diffusers directory")
     checkpoint, rejected = checkpoints.find(source)
     for line in rejected:
         sys.stderr.write(f"warning: {source}: {line}\n")

@@ -7,6 +7,7 @@ and a shard is done once its record is there.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import random
@@ -92,14 +93,15 @@ def sample(
     # Shard by shard; what another start or another process has finished is not done again.
     if target:
         target.check()
-        mine = _in_turn(list(target.shards(request.seeds)), rank, world_size)
-        with Progress(sum(len(asked) for _, asked in mine), "sampling", unit="images", quiet=quiet) as progress:
+        mine = _in_turn(target.numbers(request.seeds), rank, world_size)
+        share = sum(len(target.asked(i, request.seeds)) for i in mine)
+        with Progress(share, "sampling", unit="images", quiet=quiet) as progress:
             if total < manner.settings.batch // 2:
                 progress.say(f"{total} of the {manner.settings.batch} slots of a batch used; --batch {total} is "
                              "faster, but the last bits of the pictures may differ")  # fmt: skip
             go_on = _watch(interrupt, progress)
-            for i, asked in mine:
-                there = target.there(i)
+            for i in mine:
+                asked, there = target.asked(i, request.seeds), target.there(i)
                 if known := there.intersection(asked):
                     progress.advance(len(known))
                 if not there.issuperset(asked):
@@ -197,6 +199,8 @@ def _check(generator: Generator, manner: Manner, request: Request) -> None:
         raise ConfigError(
             "--guidance: the model was trained with model.label_dropout=0 and cannot be guided: leave it out"
         )
+    if not math.isfinite(manner.settings.guidance):
+        raise ConfigError(f"--guidance {manner.settings.guidance}: give a number, such as 3")
     steps, timesteps = generator.sampler(manner.settings).steps, generator.config.diffusion.timesteps
     if steps > timesteps:
         raise ConfigError(f"--steps {steps}: this model has {timesteps} timesteps: take no more steps than that")
@@ -257,7 +261,7 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _in_turn(shards: list[_T], rank: int, world_size: int) -> list[_T]:
+def _in_turn(shards: list[int], rank: int, world_size: int) -> list[int]:
     """The shards of this process: its share under a launcher, otherwise all of them, begun where others do not.
 
     Independent processes share the work that way: each looks before a shard whether it is done, and a shard that two

@@ -24,6 +24,7 @@ from pipeline.run.interrupt import Interrupt
 from pipeline.run.progress import Progress
 
 _CLASSES_SHOWN = 20
+_MAX_SIDE_PX = 16_383  # as webp has it
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def shard(
         Stopped: on request; the same call goes on from there.
     """
     started = time.monotonic()
+    if not out:
+        raise ConfigError("--out is empty: name the directory or URL of the set")
     number, parts = _part(part, overwrite)
     settings = _settings(size, channels, crop, format, labels, background, min_size, shard_samples)
     imageset.refuse_nesting(sources, out)
@@ -150,8 +153,8 @@ def shard(
         counts = images.counts()
         if there == len(images.tasks):
             images.publish()
-            _warn_of_empty_classes(counts)
             _refuse_too_many_bad(counts, max_bad_fraction, storage.join(out, REJECTED))
+            _warn_of_empty_classes(counts)
     seconds = time.monotonic() - started
     return Summary(
         out=out,
@@ -191,6 +194,8 @@ def _settings(
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width, shard_samples, min_size) < 1:
         raise ConfigError("--size, --shard-samples and --min-size are at least 1")
+    if max(height, width) > _MAX_SIDE_PX:
+        raise ConfigError(f"--size {height}x{width}: at most {_MAX_SIDE_PX} pixels a side")
     if channels not in (1, 3):
         raise ConfigError(f"--channels {channels}: 3 for colour or 1 for grey")
     try:

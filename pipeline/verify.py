@@ -32,10 +32,12 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
     if not storage.is_dir(path):
         raise ConfigError(f"{path}: no such directory: give a shard set, a sample set, a run or a checkpoint")
     names = set(storage.listdir(path))
+    is_run = bool(names & {"config.yaml", "checkpoints"})
     with Interrupt() as interrupt:
 
         def each(items: Sequence[_T]) -> Iterator[_T]:
-            with Progress(len(items), "verifying", unit="shards or checkpoints", quiet=quiet) as progress:
+            unit = "checkpoints" if is_run else "shards"
+            with Progress(len(items), "verifying", unit=unit, quiet=quiet) as progress:
                 for item in items:
                     if interrupt.requested:
                         raise Stopped(f"stopped by {interrupt.requested}: nothing is proved about {path}; start again")
@@ -48,10 +50,10 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
             except NoCheckpoint as error:
                 return [str(error)]
             return []
-        if names & {"config.yaml", "checkpoints"}:
+        if is_run:
             return checkpoint.verify(path, each)
         if "index.json" in names or any(name.endswith(".tar") for name in names):
             return integrity.verify(path, each)
-        if sampleset.shard_samples(path):
+        if any(sampleset.RECORD.fullmatch(name) for name in names):
             return sampleset.verify(path, each)
     raise ConfigError(f"{path} is neither a shard set, a sample set, a run nor a checkpoint: give one of these")

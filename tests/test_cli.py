@@ -102,12 +102,14 @@ def test_the_command_is_there_and_ends_with_the_code_of_its_error() -> None:
         ("shard", ("x", "--out", "y"), "--size"),
         ("shard", ("x", "--out", "y", "--size", "big"), "--size big"),
         ("shard", ("x", "--out", "y", "--size", "8", "--sise", "9"), "--sise"),
+        ("shard", ("x", "--out", "", "--size", "8"), "--out is empty"),
         ("shard", ("/nowhere", "--out", "y", "--size", "8"), "/nowhere"),
         ("shard", ("x", "--out", "y", "--size", "8", "--format", "bmp"), "bmp"),
         ("verify", ("/nowhere",), "/nowhere"),
         ("train", (), "--config"),
         ("train", ("--config", "/nowhere.yaml"), "/nowhere.yaml: no such configuration file"),
         ("train", ("--config", "."), "not a YAML file"),
+        ("sample", ("/dev/null", "--seeds", "1", "--grid", "g.png"), "/dev/null is a file"),
         ("sample", ("/nowhere", "--seeds", "1", "--grid", "g.png"), "/nowhere"),
         ("trian", (), "trian"),
     ],
@@ -181,7 +183,9 @@ def test_a_directory_that_is_no_run_is_left_alone(refused: Refused, digits: Path
 
 def test_a_directory_that_is_no_sample_set_is_left_alone(refused: Refused, tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    refused(2, "holds something else (thesis.tex)", job="sample", arguments=(tiny_run, "--seeds", "1", "--out", tmp_path))
+    refused(
+        2, "holds something else (thesis.tex)", job="sample", arguments=(tiny_run, "--seeds", "1", "--out", tmp_path)
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -197,6 +201,7 @@ def test_a_directory_that_is_no_sample_set_is_left_alone(refused: Refused, tiny_
         (("--seeds", "1", "--grid", "g.png", "--steps", "1000"), 2, "100"),
         (("--seeds", "1", "--out", "o", "--batch", "3", "--shard-samples", "4"), 2, "--shard-samples 4"),
         (("--seeds", "1", "--video", "v.avi"), 2, ".mp4"),
+        (("--seeds", "1", "--grid", "g.png", "--guidance", "inf"), 2, "--guidance inf"),
         (("--seeds", "0-9", "--out", "o", "--video", "v.gif"), 2, "--video v.gif"),
         (("--seeds", "0-9", "--out", "o", "--grid", "g.jpg"), 2, "--grid g.jpg: the sheet is a PNG"),
         (("--seeds", "0-9", "--out", "o", "--grid", "."), 2, ". is a directory"),
@@ -280,10 +285,15 @@ def test_a_full_disk_costs_the_save_and_not_the_run(digits: Path, small_disk: Pa
 
 
 @pytest.mark.parametrize("job", ["shard", "train", "sample"])
-def test_a_place_that_cannot_be_written_is_one_line(refused: Refused, digits: Path, tiny_run: Path, job: str) -> None:
+def test_a_place_that_cannot_be_written_is_one_line(
+    refused: Refused, digits: Path, tiny_run: Path, tmp_path: Path, job: str
+) -> None:
     arguments: dict[str, tuple[object, ...]] = {
         "shard": (ROOT / "shards/digits.zip", "--out", "/proc/x", "--size", "8", "--quiet"),
         "train": (*TINY, f"data.shards={digits}", "run.dir=/proc/x"),
         "sample": (tiny_run, "--seeds", "0-3", "--out", "/proc/x"),
     }
     refused(3, "cannot write /proc/x/", "choose another place", job=job, arguments=arguments[job])
+    (tmp_path / "file").touch()
+    within = tuple(str(argument).replace("/proc/", f"{tmp_path}/file/") for argument in arguments[job])
+    refused(3, "a part of this path is a file: choose another place", job=job, arguments=within)

@@ -38,7 +38,8 @@ def sample_set(url: str, size: int = 4, format: Format = "tar", **provenance: An
 def draw(target: SampleSet, text: str, only: Iterable[int] | None = None, classes: int = 0) -> int:
     """Draw what is missing, as the job does; how many pictures that took."""
     count = 0
-    for i, asked in target.shards(parse_seeds(text)):
+    for i in target.numbers(parse_seeds(text)):
+        asked = target.asked(i, parse_seeds(text))
         if only is not None and i not in only:
             continue
         there = target.there(i)
@@ -88,7 +89,9 @@ def test_what_is_no_list_of_seeds_is_shown_how(text: str) -> None:
     assert str(caught.value) == f"--seeds {text}: write A-B (inclusive), A, or a comma list such as 0-99,500"
 
 
-def test_seeds_beyond_the_noise_are_refused() -> None:
+def test_seeds_beyond_the_noise_or_all_measure_are_refused() -> None:
+    with pytest.raises(ConfigError, match="more than 100,000,000 at once: ask for fewer"):
+        parse_seeds("5,7-100000007")
     with pytest.raises(ConfigError, match=r"seeds go up to 2\^62"):
         parse_seeds(f"0-{2**62}")
 
@@ -107,7 +110,8 @@ def test_text_and_seeds_are_inverse(seeds: set[int]) -> None:
 def test_every_seed_is_asked_for_once_in_the_shard_of_its_number(pairs: list[tuple[int, int]], size: int) -> None:
     text = ",".join(f"{first}-{first + more}" for first, more in pairs)
     wanted = {seed for first, more in pairs for seed in range(first, first + more + 1)}
-    shards = list(sample_set("x", size).shards(parse_seeds(text)))
+    target, ranges = sample_set("x", size), parse_seeds(text)
+    shards = [(i, target.asked(i, ranges)) for i in target.numbers(ranges)]
     assert [seed for _, seeds in shards for seed in seeds] == sorted(wanted)
     assert all(seeds and {seed // size for seed in seeds} == {i} for i, seeds in shards)
     assert [i for i, _ in shards] == sorted({seed // size for seed in wanted})

@@ -148,6 +148,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("mixed", {"size": 0}, ConfigError, "--size, --shard-samples and --min-size are at least 1"),
         ("mixed", {"background": "rainbow"}, ConfigError, "--background rainbow: write a colour as in CSS, such as"),
         ("mixed", {"part": "3/3"}, ConfigError, "--part 3/3: write I/N with I from 0 to N - 1, as in 3/16"),
+        ("mixed", {"size": 20000}, ConfigError, "--size 20000x20000: at most 16383 pixels a side"),
         ("mixed", {"part": "1"}, ConfigError, "--part 1: write I/N"),
         ("mixed", {"part": "0/2", "overwrite": True}, ConfigError, "--overwrite: with --part each job would delete"),
         ("mixed", {"channels": 2}, ConfigError, "--channels 2: 3 for colour or 1 for grey"),

@@ -57,6 +57,16 @@ def test_loose_samples_are_known_by_their_records(tmp_path: Path, format: Format
     assert len(verify(str(tmp_path))) == 1
 
 
+_RECORD = {"seeds": "0", "count": 1, "provenance": {}, "files": {}}
+_NONE = [{"seeds": 3}, {"seeds": "x"}, {"provenance": 5}, {"count": "many"}, {"files": 3}]
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}", *(json.dumps(_RECORD | change) for change in _NONE)])
+def test_records_that_are_none_are_findings(tmp_path: Path, record: str) -> None:
+    (tmp_path / "shard_000000.json").write_text(record)
+    assert verify(str(tmp_path)) == ["shard_000000.json: not the record of a shard of PNGs or npz"]
+
+
 def test_shards_far_beyond_a_million_are_checked_too(tmp_path: Path) -> None:
     target = sample_set(str(tmp_path), size=2, shard_samples=2)
     draw(target, "4000000-4000003")

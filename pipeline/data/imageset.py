@@ -308,7 +308,7 @@ def _previous(out: str) -> dict[str, Any] | None:
     for name in [INDEX, *names]:
         try:
             value = storage.read_json(storage.join(out, name))
-        except (FileNotFoundError, DataError):
+        except (FileNotFoundError, NotADirectoryError, DataError):
             continue
         if isinstance(value, dict) and "preprocessing" in value.get("settings", {}):
             return value

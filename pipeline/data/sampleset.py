@@ -24,7 +24,9 @@ from pipeline.errors import ConfigError, DataError
 
 Picture = NDArray[np.uint8]
 Format = Literal["tar", "png", "npz"]
-_RECORD = re.compile(r"shard_(\d{6,})\.json")
+RECORD = re.compile(r"shard_(\d{6,})\.json")
+"""The names of records."""
+_MOST = 100_000_000
 _UNCOMMITTED = re.compile(r"shard_\d{6,}\.(tar|npy|npz)")
 
 
@@ -53,11 +55,15 @@ class SampleSet:
         for record in records:
             self._compare(record)
 
-    def shards(self, seeds: tuple[range, ...]) -> Iterator[tuple[int, list[int]]]:
-        """(i, seeds asked for in shard i), ascending; `seeds` are sorted and do not overlap."""
+    def numbers(self, seeds: tuple[range, ...]) -> list[int]:
+        """Of the shards that these seeds are in, ascending."""
         size = self.shard_samples
-        for i in sorted({i for part in seeds for i in range(part.start // size, (part.stop - 1) // size + 1)}):
-            yield i, [s for part in seeds for s in range(max(part.start, i * size), min(part.stop, (i + 1) * size))]
+        return sorted({i for part in seeds for i in range(part.start // size, (part.stop - 1) // size + 1)})
+
+    def asked(self, i: int, seeds: tuple[range, ...]) -> list[int]:
+        """Those of the seeds, which are sorted and do not overlap, that are in shard i."""
+        first, last = i * self.shard_samples, (i + 1) * self.shard_samples
+        return [seed for part in seeds for seed in range(max(part.start, first), min(part.stop, last))]
 
     def there(self, i: int) -> set[int]:
         """The seeds of shard i that are committed.
@@ -161,7 +167,7 @@ class SampleSet:
         Returns:
             Whether the set is complete.
         """
-        if not all(self.there(i).issuperset(asked) for i, asked in self.shards(seeds)):
+        if not all(self.there(i).issuperset(self.asked(i, seeds)) for i in self.numbers(seeds)):
             return False
         if self.format == "tar":
             records = [record for i in _numbers(self.url) if (record := shardset.read_record(self.url, stem(i)))]
@@ -182,7 +188,7 @@ class SampleSet:
         try:
             files = record["files"].items()
             whole = all(storage.size(storage.join(self.url, name)) == file["bytes"] for name, file in files)
-        except (FileNotFoundError, KeyError):
+        except (FileNotFoundError, KeyError, TypeError):
             return None
         return record if whole else None
 
@@ -224,8 +230,8 @@ def verify(url: str, each: Callable[[Sequence[int]], Iterable[int]] = iter) -> l
             try:
                 if storage.sha256(storage.join(url, name)) != file["sha256"]:
                     findings.append(f"{name}: does not have the sha256 of {stem(i)}.json")
-            except FileNotFoundError:
-                findings.append(f"{name}: missing")
+            except (FileNotFoundError, KeyError, TypeError):
+                findings.append(f"{name}: missing, or {stem(i)}.json does not say what it holds")
     if len(manners) > 1:
         findings.append("its shards were drawn in different ways")
     strangers = [name for name in storage.listdir(url) if name.endswith((".png", ".npz")) and name not in known]
@@ -236,20 +242,22 @@ def verify(url: str, each: Callable[[Sequence[int]], Iterable[int]] = iter) -> l
 
 def _numbers(url: str) -> list[int]:
     """Of the shards that have a record, ascending."""
-    return sorted(int(match[1]) for name in storage.listdir(url) if (match := _RECORD.fullmatch(name)))
+    return sorted(int(match[1]) for name in storage.listdir(url) if (match := RECORD.fullmatch(name)))
 
 
 def _read(url: str, i: int) -> dict[str, Any] | None:
     """The record of shard i, if there is one and it is a sample set's."""
     try:
         record = storage.read_json(storage.join(url, f"{stem(i)}.json"))
-    except (FileNotFoundError, DataError):
+        _seeds_of(record)
+        kinds = {"provenance": dict, "count": int} | ({"files": dict} if "files" in record else {})
+        return record if all(isinstance(record[key], kind) for key, kind in kinds.items()) else None
+    except (FileNotFoundError, NotADirectoryError, DataError, ConfigError, AttributeError, KeyError, TypeError):
         return None
-    return record if isinstance(record, dict) and record.keys() >= {"seeds", "count", "provenance"} else None
 
 
 def _seeds_of(record: dict[str, Any]) -> list[int]:
-    return [seed for part in parse_seeds(record["seeds"]) for seed in part] if record["seeds"] else []
+    return [seed for part in parse_seeds(record["seeds"]) for seed in part] if record["seeds"] != "" else []
 
 
 def stem(i: int) -> str:
@@ -277,6 +285,8 @@ def parse_seeds(text: str) -> tuple[range, ...]:
             merged.append(part)
     if merged[-1].stop > 1 << 62:
         raise ConfigError(f"--seeds {text}: seeds go up to 2^62")
+    if sum(map(len, merged)) > _MOST:
+        raise ConfigError(f"--seeds {text}: more than {_MOST:,} at once: ask for fewer")
     return tuple(merged)
 
 

@@ -223,7 +223,7 @@ def read_record(directory: str, stem: str) -> ShardRecord | None:
     try:
         record = ShardRecord.parse(storage.read_json(f"{base}.json"))
         whole = storage.size(f"{base}.tar") == record.bytes and storage.exists(f"{base}.npy")
-    except (FileNotFoundError, DataError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, DataError, KeyError, TypeError):
         return None
     return record if whole else None
 
