@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,13 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(digits: Path, unbroken: Path, tmp_path: Path) -> None:
     run, log, chance = tmp_path / "run", tmp_path / "log", random.Random(0)
 
-    def half_saved() -> bool:  # a checkpoint is being written: its directory is there, its manifest is not
-        return any(not (path / "manifest.json").exists() for path in (run / "checkpoints").glob("step_*"))
+    def half_saved(since: float) -> bool:
+        """A checkpoint is being written: its directory is there, its manifest is not; not the remains of one."""
+        unfinished = (path for path in (run / "checkpoints").glob("step_*") if not (path / "manifest.json").exists())
+        try:
+            return any(path.stat().st_mtime > since for path in unfinished)
+        except FileNotFoundError:
+            return False
 
     starts = 0
     while not (run / "DONE").exists():
@@ -68,7 +74,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(digits: Path, unbroke
         if starts > KILLS:
             assert launcher.wait(180) == 0, log.read_text()[-4000:]
         elif starts % 3 == 1:
-            until(half_saved, launcher)
+            until(partial(half_saved, time.time()), launcher)
         elif starts % 3 == 2:
             target = begun + chance.randint(2, 6)
             until(lambda target=target: committed_step(run) >= target, launcher)  # type: ignore[misc]
