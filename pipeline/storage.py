@@ -84,6 +84,17 @@ def _names(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
     return [name.rsplit("/", 1)[-1] for name in names if name != path.rstrip("/")]
 
 
+def find(url: str) -> dict[str, dict[str, Any]]:
+    """Every file below a remote place: its path from there → what the store says of it; none if there is no place."""
+    with suppress(FileNotFoundError):
+        return remote.attempt(url, _find)
+    return {}
+
+
+def _find(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    return {name[len(path) :].lstrip("/"): info for name, info in fs.find(path, detail=True).items()}
+
+
 def size(url: str) -> int:
     """Bytes in a file.
 

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO, Literal, NamedTuple, Protocol, cast
 
-from fsspec.core import url_to_fs
-
 from pipeline import storage
 from pipeline.data.images import MAX_BYTES, Rejected
 from pipeline.errors import ConfigError, DataError
@@ -198,10 +196,9 @@ class _RemoteFolder:
         self._url = url.rstrip("/")
 
     def members(self) -> Iterator[Member]:
-        fs, root = url_to_fs(self._url)
-        for path, info in fs.find(root, detail=True).items():
+        for path, info in storage.find(self._url).items():
             stamp = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified") if info.get(key)), "")
-            yield Member(path[len(root) :].lstrip("/"), int(info["size"] or 0), str(stamp))
+            yield Member(path, int(info["size"] or 0), str(stamp))
 
     def read(self, member: Member) -> bytes:
         return storage.read_bytes(storage.join(self._url, member.path))

@@ -15,7 +15,7 @@ import pytest
 from tests.launch import ENVIRONMENT
 from tests.remote.faults import Faults
 
-RATE = 0.25
+RATE = 0.15
 """Share of requests that go wrong."""
 
 
@@ -66,7 +66,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture
 def faulty(store: Faults) -> Iterator[Faults]:
-    """The same while a quarter of all requests go wrong; they must have, by the end of the test."""
+    """The same while one request in seven goes wrong; they must have, by the end of the test."""
     store.injected.clear()
     store.rate = RATE
     yield store
