@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.launch import ddpm, kill, launch, start, until
+from tests.launch import ENVIRONMENT, ddpm, kill, launch, start, until
 
 SEEDS = "0-39"
 FLAGS = ("--seeds", SEEDS, "--shard-samples", "8")
@@ -64,6 +67,38 @@ def test_a_killed_job_does_only_what_is_missing(alone: Path, tiny_run: Path, tmp
     assert json.loads(again.stdout)["drawn"] == 40 - 8 * len(there)
     assert all(path.stat().st_mtime_ns == time for path, time in there.items())
     assert hashes(out) == hashes(alone)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_stopped_on_request_goes_on_from_there(
+    alone: Path, tiny_run: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out, arguments = tmp_path / "samples", ("sample", tiny_run, "--seeds", "0-1999", "--shard-samples", "8", "--out")
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *map(str, arguments), str(out)]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, env=ENVIRONMENT, stderr=log)
+    assert until(lambda: bool(list(out.glob("shard_*.json"))), job)
+    job.send_signal(number)
+    assert job.wait(60) == 75
+    told = (tmp_path / "log").read_text()
+    assert f"stop requested ({number.name}): finished shards stay" in told and "Traceback" not in told
+    assert not list(out.glob(".*")) and not (out / "index.json").exists()
+    there = len(list(out.glob("shard_*.json")))
+    assert 0 < there < 250
+    ddpm("sample", tiny_run, *FLAGS, "--out", out).check_returncode()
+    whole = hashes(alone)
+    assert {name: sha for name, sha in hashes(out).items() if name in whole} == whole
+
+
+def test_the_tasks_of_an_array_make_one_set(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
+    out, command = tmp_path / "samples", [sys.executable, "-c", "from pipeline.cli import main; main()", "sample"]
+    jobs = []
+    for task in ("1", "2"):
+        array = {f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", task), ("MIN", "1"), ("COUNT", "2"))}
+        jobs.append(subprocess.Popen([*command, str(tiny_run), *FLAGS, "--out", str(out)], env=ENVIRONMENT | array))
+    assert [job.wait(120) for job in jobs] == [0, 0]
+    assert hashes(out) == hashes(alone)
+    assert (out / "index.json").read_bytes() == (alone / "index.json").read_bytes()
 
 
 def test_a_seed_does_not_depend_on_the_range_it_is_asked_in(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
