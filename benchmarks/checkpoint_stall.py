@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -43,16 +44,19 @@ def main() -> None:
     trainer.settle(position)
     step = partial(_step, trainer, position, batch)
     times: dict[str, list[float]] = {"step": [], "our save": [], "step while it is written": [], "save_state": []}
-    with tempfile.TemporaryDirectory(prefix="stall-") as folder:
-        with Saver(f"{folder}/run", keep_last=2, keep_every=0, generation=1, may_write=lambda: None,
-                   afterwards=lambda: None, say=print, patience_s=600) as saver:  # fmt: skip
-            step()
-            for _ in range(options.saves):
-                times["step"] += [_timed(step, device) for _ in range(STEPS_BETWEEN)]
-                times["our save"].append(_timed(lambda: saver.save(position.step, trainer.tensors(), {}), device))
-                times["step while it is written"].append(_timed(step, device))
-                saver.ended(wait_for_it=True)
-                times["save_state"].append(_timed(lambda: accelerator.save_state(f"{folder}/peer"), device))
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stall-"))
+        saver = stack.enter_context(
+            Saver(f"{folder}/run", keep_last=2, keep_every=0, generation=1, may_write=lambda: None,
+                  afterwards=lambda: None, say=print, patience_s=600)
+        )  # fmt: skip
+        step()
+        for _ in range(options.saves):
+            times["step"] += [_timed(step, device) for _ in range(STEPS_BETWEEN)]
+            times["our save"].append(_timed(lambda: saver.save(position.step, trainer.tensors(), {}), device))
+            times["step while it is written"].append(_timed(step, device))
+            saver.ended(wait_for_it=True)
+            times["save_state"].append(_timed(lambda: accelerator.save_state(f"{folder}/peer"), device))
     medians = {name: statistics.median(values[1:] or values) for name, values in times.items()}
     for name, seconds in medians.items():
         print(f"{name:28} {seconds * 1e3:9.1f} ms {seconds / medians['step']:8.2f} steps")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,6 +19,8 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.run import checkpoint
 from pipeline.run.tensorfile import TensorFile
+
+_NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Saver:
         self._say = say
         self._patience_s, self._sound = patience_s, {sound} if sound else set()
         self._parts: dict[str, TensorFile] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=_step_back)
         self._pending: Future[_Saved] | None = None
 
     def __enter__(self) -> Saver:
@@ -137,3 +142,9 @@ class Saver:
         except (PipelineError, OSError) as error:
             problem = str(error)
         return _Saved(step, committed, time.monotonic() - started, problem)
+
+
+def _step_back() -> None:
+    """On a CPU the writer competes with the threads that train; Linux keeps a niceness for each thread."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
