@@ -69,6 +69,8 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
         stack.push(lambda kind, *_: ranks.leave() if kind in (None, Stopped) else None)
 
         # The data, and the configuration that fits it.
+        if not config.data.shards:
+            raise ConfigError("data.shards is not set: name a shard set, as `ddpm shard --out` writes them")
         shards = ShardSet.open(config.data.shards)
         config = config.in_steps(shards.samples)
         _check_data(config, shards)
@@ -198,7 +200,8 @@ def _report(trainer: Trainer, position: Position, meter: Meter, batches: Batches
             "io/retries": float(ranks.sum(torch.tensor(batches.io_retries, device=ranks.device))),
         }
         around.progress.note(
-            f"loss {figures.get('train/loss', float('nan')):.4f}, {figures['speed/images_per_s']:.3g} images/s"
+            f"loss {figures.get('train/loss', float('nan')):.4f}, lr {figures['train/lr']:.3g}, "
+            f"{figures['speed/images_per_s']:.3g} images/s"
         )
         if around.telemetry and around.saver:
             around.telemetry.scalars(position.step, figures | around.saver.figures)
@@ -360,11 +363,11 @@ def _restore(trainer: Trainer, opened: Opened) -> Position:
 def _headline(trainer: Trainer, position: Position, shards: ShardSet, resumed: Checkpoint | None) -> str:
     section, ranks = trainer.config.train, trainer.world
     where = f"resuming at step {position.step} from {resumed.path}" if resumed else "starting at step 0"
-    million = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     accumulated = section.global_batch // ranks.size // position.micro_batch
     return (
         f"{trainer.config.run.dir}: {where}; {ranks.size} process{'es' * (ranks.size > 1)} on {ranks.device.type}, "
-        f"{million:.1f} M parameters, {shards.samples} pictures; global batch {section.global_batch} = "
+        f"{parameters:,} parameters, {shards.samples:,} pictures; global batch {section.global_batch} = "
         f"{ranks.size} ranks x {accumulated} x {position.micro_batch}, {section.precision}, "
         f"checkpointing {position.checkpointing}"
     )

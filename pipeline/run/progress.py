@@ -70,8 +70,9 @@ class Progress:
     def _speak(self) -> None:
         self._spoken = time.monotonic()
         rate = (self._done - self._first) / max(self._spoken - self._started, 1e-9)
+        left = f", {_duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
         tail = f", {self._notes}" if self._notes else ""
-        self._write(f"{self._job}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s{tail}")
+        self._write(f"{self._job}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s{left}{tail}")
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar if there is one."""
@@ -85,3 +86,14 @@ class Progress:
     def _write(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if minutes < 2
+        else f"{minutes // 60} h {minutes % 60:02} min"
+        if minutes > 90
+        else f"{minutes} min"
+    )
