@@ -146,15 +146,15 @@ def test_a_stall_is_told_once_a_phase_and_not_before_its_time(run: str, monkeypa
     monkeypatch.setattr(heartbeats, "BEAT_S", 0.05)
     told: list[str] = []
     with Heartbeat(run, 0, 1, patience_s=0.5, on_stall=told.append) as mine:
-        for step in range(12):
+        for step in range(40):
             mine.at(step, "data")
             time.sleep(0.05)
         assert told == []
         for phase in ("gradient", "saving"):
-            mine.at(12, phase)
+            mine.at(40, phase)
             wait_until(lambda: bool(told))
             time.sleep(0.8)
-            assert len(told) == 1 and f"in {phase} at step 12" in told.pop()
+            assert len(told) == 1 and f"in {phase} at step 40" in told.pop()
 
 
 def test_who_leaves_well_says_so_and_who_fails_leaves_its_place(run: str) -> None:

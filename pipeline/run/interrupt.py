@@ -14,7 +14,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 
 from pipeline import storage
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.run.background import Every
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -30,6 +30,9 @@ class Interrupt:
     """While entered, the stop signals only set `requested`, and so does whatever else asks for a stop.
 
     The second Ctrl-C does not wait for the step: it raises KeyboardInterrupt. SIGHUP stays ignored under nohup.
+
+    Raises:
+        ConfigError: `DDPM_DEADLINE` is not a time.
     """
 
     def __init__(self) -> None:
@@ -39,7 +42,7 @@ class Interrupt:
         """So long before the deadline the stop is asked for: what a step and a save take."""
         self.control_file: str | None = None
         """A file whose appearance is a request too; looked at by one process of a job."""
-        self._deadline = float(os.environ.get("DDPM_DEADLINE") or "inf")
+        self._deadline = _deadline()
         self._stop_file = os.environ.get("DDPM_STOP_FILE")
         self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
         self._previous: dict[signal.Signals, object] = {}
@@ -81,3 +84,11 @@ class Interrupt:
             with suppress(PipelineError, OSError):  # a mount that is away for a moment
                 if storage.exists(self.control_file):
                     self.requested = CONTROL_FILE
+
+
+def _deadline() -> float:
+    text = os.environ.get("DDPM_DEADLINE") or "inf"
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"DDPM_DEADLINE is {text!r}: give Unix seconds, as `date +%s` prints them") from None
