@@ -110,6 +110,17 @@ def test_a_stall_is_recorded_though_the_process_may_be_killed_before_it_fails(ru
     assert (content["error"], content["trace"], content["exit_code"]) == ("no progress: rank 1 is behind", None, 1)
 
 
+def test_a_suspicion_gives_way_to_what_happened_and_explains_a_loss(run: str) -> None:
+    """A stall that passed, or that was slow storage, must not hide the failure hours later."""
+    failure.stalled(run, at(run, 0, 3, "agreement"), "rank 1 is behind")
+    failure.stalled(run, at(run, 1, 4, "agreement"), "rank 2 is behind")
+    with pytest.raises(RankLost, match="lost contact at step 5 in agreement: no progress: rank 2 is behind; the same"):
+        fail(run, at(run, 1, 5, "agreement"), RuntimeError("gloo"), lost=True)
+    with pytest.raises(ZeroDivisionError):
+        fail(run, at(run, 0, 9, "data"), ZeroDivisionError())
+    assert (recorded(run)["rank"], recorded(run)["step"]) == (1, 5)
+
+
 def test_a_record_is_cleared_and_a_damaged_one_is_none(run: str) -> None:
     failure.clear(run)
     storage.write_bytes(f"{run}/FAILED.json", b'{"rank": 1, "ho')
