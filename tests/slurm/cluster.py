@@ -100,8 +100,7 @@ class Job:
 
     def processes(self, *words: str) -> list[psutil.Process]:
         """Those of its present start with these words in their command, launchers left out."""
-        commands = {process: process.cmdline() for process in _ours(self.number)}
-        python = {p: words for p, words in commands.items() if Path(words[0]).name.startswith("python")}
+        python = {p: command for p, command in _ours(self.number) if Path(command[0]).name.startswith("python")}
         return [p for p, command in python.items() if set(words) <= set(command) and "launch" not in command]
 
     def freeze(self, *words: str, count: int) -> list[psutil.Process]:
@@ -118,13 +117,14 @@ def thaw(processes: list[psutil.Process]) -> None:
         process.send_signal(signal.SIGCONT)
 
 
-def _ours(number: str) -> Iterator[psutil.Process]:
+def _ours(number: str) -> Iterator[tuple[psutil.Process, list[str]]]:
+    """The living processes of a job or array task, with their commands."""
     parent, _, task = number.partition("_")
     for process in psutil.process_iter():
         try:
-            variables = process.environ()
-            mine = variables.get("SLURM_ARRAY_JOB_ID" if task else "SLURM_JOB_ID") == parent
-            if mine and variables.get("SLURM_ARRAY_TASK_ID", "") == task and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-        except psutil.Error:
+            variables, command = process.environ(), process.cmdline()
+        except psutil.Error:  # it has just ended
             continue
+        mine = variables.get("SLURM_ARRAY_JOB_ID" if task else "SLURM_JOB_ID") == parent
+        if mine and variables.get("SLURM_ARRAY_TASK_ID", "") == task and command:
+            yield process, command
