@@ -319,6 +319,28 @@ def test_a_store_that_stays_unwell_is_given_up_in_time_and_named(poem: str, monk
         storage.read_bytes(poem)
 
 
+@pytest.mark.parametrize("method", ["info", "ls", "find", "pipe_file", "put_file", "rm_file"])
+def test_every_remote_operation_is_repeated(poem: str, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    good, failed = getattr(MemoryFileSystem, method), []
+
+    def fail_once(fs: MemoryFileSystem, *arguments: object, **settings: object) -> object:
+        if not failed:
+            failed.append(arguments)
+            raise OSError("unwell")
+        return good(fs, *arguments, **settings)
+
+    folder, before = poem.removesuffix("/poem"), storage.retries()
+    monkeypatch.setattr(MemoryFileSystem, method, fail_once)
+    assert storage.listdir(folder) == ["poem"]
+    assert storage.find(folder)["poem"]["size"] == 200
+    storage.write_bytes(f"{folder}/small", b"1")
+    with storage.publishing(f"{folder}/large") as file:
+        file.write(b"2")
+    storage.remove(poem)
+    assert storage.listdir(folder) == ["large", "small"]
+    assert failed and storage.retries() == before + 1
+
+
 def test_retries_are_noted_once_a_minute_in_one_line(
     poem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

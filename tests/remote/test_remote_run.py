@@ -83,6 +83,7 @@ def test_a_store_that_dies_during_a_save_costs_no_older_checkpoint(
         with pytest.raises(DataError, match=r"^cannot write memory://.*: the store is unwell: tried for 0 s"):
             checkpoint.write(run, 2, FILES)
         assert len(tried) == upload
+    assert storage.listdir(storage.join(run, "checkpoints")) == ["step_00000001"], "no remains while there was time"
     found, _ = checkpoint.newest(run)
     assert found and found.step == 1 == checkpoint.committed_step(run)
     checkpoint.retain(run, 1, 0)
