@@ -80,6 +80,7 @@ def test_small_samples_do_not_cost_a_request_each(place: str, store: Faults, mon
 
 
 def test_exactly_one_of_many_creates_a_file(place: str, faulty: Faults) -> None:
+    faulty.rate = 0.4  # few requests, of which the uploads are to fail too
     for round in range(5):
         url = storage.join(place, str(round))
         together = threading.Barrier(6)
@@ -93,6 +94,16 @@ def test_exactly_one_of_many_creates_a_file(place: str, faulty: Faults) -> None:
             made = list(threads.map(attempt, values))
         assert made.count(True) == 1
         assert storage.read_bytes(url) == values[made.index(True)]
+
+
+def test_a_creation_whose_answer_was_lost_counts(place: str, store: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repeated request finds the file there, and it is its own."""
+    fates = ["answer lost"]
+    monkeypatch.setattr(store, "draw", lambda request: fates.pop() if fates and request.startswith("PUT") else "")
+    assert storage.create(storage.join(place, "x"), b"mine")
+    assert not fates
+    assert not storage.create(storage.join(place, "x"), b"yours")
+    assert storage.read_bytes(storage.join(place, "x")) == b"mine"
 
 
 def test_a_store_that_never_answers_is_given_up(place: str, store: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
