@@ -23,8 +23,8 @@ runs/demo/DONE: | shards/digits/index.json
 shards/digits/index.json: | $(VENV)/ready
 	$(BIN)/ddpm shard shards/digits.zip --out shards/digits --size 8 --channels 1
 
-test: $(VENV)/ready
-	$(BIN)/python -m pytest
+test: $(VENV)/ready  ## many tests wait more than they compute
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 soak: $(VENV)/ready  ## 30 SIGKILLs over one run of 3 ranks; a quarter of an hour
 	DDPM_KILLS=30 $(BIN)/python -m pytest -s --timeout 3600 tests/laws/test_exact_resume.py -k killed_at_any_moment

@@ -1,9 +1,12 @@
 # shellcheck shell=bash
 # For the scripts that start something, before all else: a signal to stop, whoever SLURM sends it to and however early,
 # becomes a file that the job looks at. Each start on each node has its own, so one that is left over stops nothing.
-export DDPM_STOP_FILE=/tmp/ddpm-stop.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.${SLURM_NODEID:-0}
+file=/tmp/ddpm-stop.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.${SLURM_NODEID:-0}
+# Job numbers come again. A node.sh that is given this very name shares its batch script's file, which may be a request.
+[ "${DDPM_STOP_FILE:-}" = "$file" ] || rm -f "$file"
+export DDPM_STOP_FILE=$file
 trap 'touch "$DDPM_STOP_FILE"' USR1 USR2 TERM
-trap 'rm -f "$DDPM_STOP_FILE"' EXIT
+trap 'trap "" USR1 USR2 TERM; rm -f "$DDPM_STOP_FILE"' EXIT
 
 # stoppable COMMAND …: run it to its end; the exit code is its own.
 stoppable() {

@@ -56,6 +56,15 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
+    def clear(self) -> None:
+        """End what a test has left behind, so that the next one has both nodes."""
+        deadline = time.monotonic() + 90
+        while numbers := self.run("squeue", "--noheader", "--format=%A").split():
+            assert time.monotonic() < deadline, f"jobs {numbers} do not end"
+            self.run("scancel", "--signal=KILL", "--full", *numbers)
+            self.run("scancel", *numbers)
+            time.sleep(0.5)
+
     def _script(self, action: str, *arguments: str) -> None:
         done = subprocess.run([_SCRIPT, action, self.folder, *arguments], capture_output=True, text=True, timeout=120,
                               check=False)  # fmt: skip

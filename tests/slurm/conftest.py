@@ -31,6 +31,14 @@ def cluster() -> Iterator[Cluster]:
             yield cluster
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that fails takes no other with it."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").clear()
+
+
 @pytest.fixture(scope="session")
 def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of SETTINGS with two ranks that nobody disturbed."""
