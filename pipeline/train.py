@@ -240,11 +240,7 @@ def _save(trainer: Trainer, position: Position, around: _Surroundings, *, must: 
             "data_samples": around.shards.samples,
             "classes": around.shards.classes,
             "world_size": ranks.size,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "accelerate": accelerate.__version__,
-            },
+            "environment": _environment(ranks),
         }
         begun = around.saver.save(position.step, trainer.tensors(), state)
         if must:
@@ -253,6 +249,17 @@ def _save(trainer: Trainer, position: Position, around: _Surroundings, *, must: 
             problem = around.saver.problem
     if must and (problem := ranks.tell(problem)):
         raise DataError(f"step {position.step} is not saved: {problem}")
+
+
+def _environment(ranks: World) -> dict[str, str]:
+    """What the bits of a run depend on besides its settings, data and number of processes."""
+    on_gpu = ranks.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else platform.machine(),
+    }
 
 
 def _stop(trainer: Trainer, position: Position, reason: str) -> None:
@@ -279,11 +286,11 @@ def _open(
     say, data = partial(_say, ranks), (shards.sha256, shards.samples)
     opening.check_place(config.run.dir)
     if opening.is_finished(config):
-        opened = opening.look(config, data, insist, say)
+        opened = opening.look(config, data, _environment(ranks), insist, say)
         if opened.checkpoint and opened.checkpoint.step >= config.train.steps:
             return opened  # otherwise its last checkpoint is damaged, and there is something to do
     stack.enter_context(lease)
-    opened = opening.look(config, data, insist, say)
+    opened = opening.look(config, data, _environment(ranks), insist, say)
     opening.begin(config, opened, say)
     if opened.checkpoint and opened.checkpoint.step >= config.train.steps:
         _write_done(config, opened.checkpoint.step)  # an earlier start was killed between its last save and this

@@ -20,6 +20,7 @@ from tests.launch import TINY
 from tests.test_checkpoint import files, folder, parts
 
 DATA = ("ab" * 32, 1797)
+HERE = {"torch": "2.13.0", "device": "x86_64"}
 
 
 def config(run: str, *settings: str) -> Config:
@@ -37,7 +38,7 @@ def saved(run: str, step: int, trained: Config | None = None, lanes: int = 12) -
     """A checkpoint as the trainer writes it."""
     trained = trained or config(run)
     state = {"step": step, "config": configfile.dump(trained), "data_sha256": DATA[0], "data_samples": DATA[1],
-             "position": {"step": step, "lanes": lanes}}  # fmt: skip
+             "environment": HERE, "position": {"step": step, "lanes": lanes}}  # fmt: skip
     checkpoint.write(run, step, files(parts(step), state))
 
 
@@ -100,24 +101,31 @@ def test_no_place_and_a_file_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["local", "memory"])
 def test_a_run_goes_on_from_its_newest_checkpoint_and_says_what_it_passes_over(run: str, where: str) -> None:
     place = run if where == "local" else f"memory://{uuid.uuid4().hex}/run"
-    assert look(config(place), DATA, (), nothing_to_say) == Opened(None)
+    assert look(config(place), DATA, HERE, (), nothing_to_say) == Opened(None)
     for step in (2, 4):
         saved(place, step)
-    opened = look(config(place), DATA, (), nothing_to_say)
+    opened = look(config(place), DATA, HERE, (), nothing_to_say)
     assert opened.checkpoint and (opened.checkpoint.step, opened.state["step"]) == (4, 4)
     storage.write_bytes(storage.join(folder(place, 4), "ema.safetensors"), b"")
     said: list[str] = []
-    opened = look(config(place), DATA, (), said.append)
+    opened = look(config(place), DATA, HERE, (), said.append)
     assert opened.checkpoint and opened.checkpoint.step == 2
     assert len(said) == 1 and said[0].startswith(
         f"warning: {place}: ignored step_00000004: ema.safetensors has 0 bytes"
     )
 
 
+def test_other_software_or_another_device_is_said_and_not_refused(run: str) -> None:
+    saved(run, 2)
+    said: list[str] = []
+    assert look(config(run), DATA, HERE | {"torch": "2.14.0"}, (), said.append).checkpoint
+    assert len(said) == 1 and "(torch: 2.13.0 -> 2.14.0)" in said[0]
+
+
 def test_looking_writes_nothing(run: str) -> None:
     saved(run, 2)
     before = snapshot(Path(run))
-    look(config(run), DATA, (), nothing_to_say)
+    look(config(run), DATA, HERE, (), nothing_to_say)
     assert snapshot(Path(run)) == before
 
 
@@ -126,28 +134,28 @@ def test_a_run_without_a_valid_checkpoint_does_not_start_at_zero(run: str) -> No
         saved(run, step)
         storage.write_bytes(f"{folder(run, step)}/model.safetensors", b"")
     with pytest.raises(NoCheckpoint):
-        look(config(run), DATA, (), nothing_to_say)
+        look(config(run), DATA, HERE, (), nothing_to_say)
 
 
 def test_other_data_are_refused_unless_insisted_on(run: str) -> None:
     saved(run, 2)
     other = ("cd" * 32, 1800)
     with pytest.raises(ConfigError, match=r"1800 samples, then 1797\): restore it, .*--override data.shards"):
-        look(config(run), other, (), nothing_to_say)
-    assert look(config(run), other, ["data.shards"], nothing_to_say).checkpoint
+        look(config(run), other, HERE, (), nothing_to_say)
+    assert look(config(run), other, HERE, ["data.shards"], nothing_to_say).checkpoint
 
 
 @pytest.mark.parametrize("global_batch", [12, 24, 60])
 def test_the_global_batch_may_change_to_what_the_lanes_divide(run: str, global_batch: int) -> None:
     saved(run, 2)
-    assert look(config(run, f"train.global_batch={global_batch}"), DATA, (), nothing_to_say).checkpoint
+    assert look(config(run, f"train.global_batch={global_batch}"), DATA, HERE, (), nothing_to_say).checkpoint
 
 
 @pytest.mark.parametrize("global_batch", [6, 13, 18])
 def test_no_other_global_batch_is_taken(run: str, global_batch: int) -> None:
     saved(run, 2)
     with pytest.raises(ConfigError) as caught:
-        look(config(run, f"train.global_batch={global_batch}", "train.micro_batch=1"), DATA, (), nothing_to_say)
+        look(config(run, f"train.global_batch={global_batch}", "train.micro_batch=1"), DATA, HERE, (), nothing_to_say)
     assert str(caught.value) == (
         f"train.global_batch is {global_batch}, but {run} reads its data in 12 lanes: take a multiple of 12"
     )
@@ -156,13 +164,13 @@ def test_no_other_global_batch_is_taken(run: str, global_batch: int) -> None:
 def test_more_steps_under_a_cosine_are_worth_a_warning_and_under_a_constant_rate_are_not(run: str) -> None:
     saved(run, 2, config(run, "train.lr_schedule=cosine"))
     said: list[str] = []
-    look(config(run, "train.lr_schedule=cosine", "train.steps=40"), DATA, (), said.append)
+    look(config(run, "train.lr_schedule=cosine", "train.steps=40"), DATA, HERE, (), said.append)
     assert said == [
         f"warning: {run}: with train.steps=40 the learning rates of the finished steps would have been others"
     ]
     storage.remove(run)
     saved(run, 2)
-    look(config(run, "train.steps=40"), DATA, (), nothing_to_say)
+    look(config(run, "train.steps=40"), DATA, HERE, (), nothing_to_say)
 
 
 # --- what a start leaves ---
@@ -174,7 +182,7 @@ def test_a_start_forgets_how_the_last_one_ended_and_nothing_else(run: str) -> No
     kept = ["control/requeues.jsonl", "control/lease-000003.json", "log.jsonl", "previews/step_00000002.png"]
     for name in (*stale, *kept):
         storage.write_bytes(f"{run}/{name}", b"{}")
-    begin(config(run, "run.keep_last=5"), look(config(run), DATA, (), nothing_to_say), nothing_to_say)
+    begin(config(run, "run.keep_last=5"), look(config(run), DATA, HERE, (), nothing_to_say), nothing_to_say)
     assert not any(storage.exists(f"{run}/{name}") for name in stale)
     assert all(storage.exists(f"{run}/{name}") for name in kept)
     assert configfile.parse(Path(run, "config.yaml").read_text()) == config(run, "run.keep_last=5")
@@ -185,7 +193,7 @@ def test_a_finished_run_that_goes_on_keeps_its_model_and_is_no_longer_done(run: 
     storage.write_json(f"{run}/DONE", {"step": 20})
     longer = config(run, "train.steps=40")
     assert is_finished(config(run)) and not is_finished(longer)
-    begin(longer, look(longer, DATA, (), nothing_to_say), nothing_to_say)
+    begin(longer, look(longer, DATA, HERE, (), nothing_to_say), nothing_to_say)
     assert not storage.exists(f"{run}/DONE") and not is_finished(config(run))
     for step in (22, 24, 26):
         saved(run, step)

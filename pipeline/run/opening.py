@@ -52,12 +52,19 @@ def is_finished(config: Config) -> bool:
     return storage.exists(storage.join(run_dir, "DONE")) and checkpoints.committed_step(run_dir) >= config.train.steps
 
 
-def look(config: Config, data: tuple[str, int], insist: Collection[str], say: Callable[[str], None]) -> Opened:
+def look(
+    config: Config,
+    data: tuple[str, int],
+    environment: dict[str, str],
+    insist: Collection[str],
+    say: Callable[[str], None],
+) -> Opened:
     """Find the newest checkpoint that the configuration may go on from. Writes nothing.
 
     Args:
         config: the whole run, with all lengths in steps.
         data: sha256 and number of samples of the shard set.
+        environment: what the bits depend on besides; compared with the checkpoint's, but not refused.
         insist: keys that may differ from the run's own all the same.
         say: told what is passed over, and what else is worth a word.
 
@@ -79,6 +86,10 @@ def look(config: Config, data: tuple[str, int], insist: Collection[str], say: Ca
             f"{config.data.shards} is not the data {run_dir} was trained on ({data[1]} samples, then "
             f"{state['data_samples']}): restore it, take another run.dir, or insist with --override data.shards"
         )
+    before = state.get("environment", {})
+    if changed := [f"{key}: {before[key]} -> {now}" for key, now in environment.items() if before.get(key, now) != now]:
+        say(f"warning: {run_dir} goes on with other software or another device ({'; '.join(changed)}): its last bits "
+            "will differ from those of a run that did not")  # fmt: skip
     lanes = state["position"]["lanes"]
     if config.train.global_batch % lanes:
         raise ConfigError(
