@@ -18,7 +18,7 @@ SETTINGS = ("train.steps=120", "run.checkpoint_every=50", "data.workers=0")
 """Long enough to be caught in the middle; the bytes do not depend on the loader's workers, and each start is faster."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     if os.geteuid() != 0:
         pytest.skip("only root can start slurmd and make network namespaces")
@@ -26,7 +26,7 @@ def cluster() -> Iterator[Cluster]:
     if missing:
         pytest.skip(f"not here: {', '.join(missing)} (apt-get install slurm-wlm munge iproute2)")
     with Path("/run/lock/ddpm-slurm").open("w") as lock, tempfile.TemporaryDirectory(prefix="ddpm-slurm-") as folder:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two at a time on a machine would have the same names
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two at a time, as of tests side by side, would have the same names
         with Cluster(Path(folder)) as cluster:
             yield cluster
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.launch import ddpm
 from tests.slurm.cluster import ROOT, Cluster, Job, thaw
 
+pytestmark = pytest.mark.timeout(1800)  # the other file of this folder may have the cluster
 SHARDS = 6
 SLOW = ("--shard-samples", "16", "--sampler", "ddpm", "--steps", "100")
 

@@ -12,6 +12,7 @@ from tests.launch import TINY
 from tests.slurm.cluster import Cluster, Job, thaw
 from tests.slurm.conftest import SETTINGS
 
+pytestmark = pytest.mark.timeout(1800)  # the other file of this folder may have the cluster
 PARTS = ("model", "ema", "optimizer")
 STEPS = 120
 
