@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from pipeline.shard import shard
 from tests.launch import TINY, ddpm
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would everything that is started here
 
 ROOT = Path(__file__).parent.parent
 

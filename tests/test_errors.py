@@ -12,7 +12,9 @@ from pipeline import errors
 from pipeline.errors import PipelineError
 
 SOURCES = sorted(Path(errors.__file__).parent.rglob("*.py"))
-CODES = {"PipelineError": 1, "ConfigError": 2, "DataError": 3, "NoCheckpoint": 4, "Stopped": 75}
+CODES = {
+    "PipelineError": 1, "ConfigError": 2, "Superseded": 2, "DataError": 3, "NoCheckpoint": 4, "RankLost": 1, "Stopped": 75
+}  # fmt: skip
 
 
 def _raised(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, NoCheckpoint
 from pipeline.run import checkpoint
 from pipeline.run.opening import Opened, begin, check_place, is_finished, look
 from pipeline.train import train
-from tests.launch import TINY
+from tests.launch import TINY, ddpm
 from tests.test_checkpoint import files, folder, parts
 
 DATA = ("ab" * 32, 1797)
@@ -242,7 +242,7 @@ def test_a_finished_run_whose_end_is_damaged_goes_on_from_before_it(
     shutil.copytree(tiny_run, run)
     before = storage.read_bytes(f"{folder(str(run), 6)}/model.safetensors")
     storage.write_bytes(f"{folder(str(run), 6)}/model.safetensors", before[:-1])
-    train(of(run, digits), quiet=True)
+    ddpm("train", *TINY, f"data.shards={digits}", f"run.dir={run}", "train.steps=6").check_returncode()
     assert storage.read_bytes(f"{folder(str(run), 6)}/model.safetensors") == before  # what it would have been
     assert checkpoint.verify(str(run)) == [] and is_finished(of(run, digits))
     lease: dict[str, Any] = json.loads(max((run / "control").glob("lease-*.json")).read_text())

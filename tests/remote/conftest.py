@@ -45,6 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
             for name, value in environment.items():
                 patch.setenv(name, value)
                 patch.setitem(ENVIRONMENT, name, value)
+            fsspec.get_filesystem_class("s3").clear_instance_cache()  # of a server that is gone
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("pool")
             yield faults
         faults.shutdown()
