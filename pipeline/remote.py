@@ -65,7 +65,7 @@ def attempt(url: str, operation: Callable[[fsspec.AbstractFileSystem, str], Resu
     """
     fs, path = _filesystem(url)
     fs.invalidate_cache(path)  # of listings: others write too
-    started, timeout_s, failures = time.monotonic(), _timeout_s(), 0
+    started, timeout_s, failures = 0.0, _timeout_s(), 0
     while True:
         try:
             return operation(fs, path)
@@ -75,6 +75,8 @@ def attempt(url: str, operation: Callable[[fsspec.AbstractFileSystem, str], Resu
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, FileNotFoundError) and verb != "write" and not _NO_BUCKET.search(reason):
                 raise
+            if failures == 0:
+                started = time.monotonic()  # however long the first try took, there is a second
             pause = min(0.1 * 2**failures, _LONGEST_PAUSE_S) * random.SystemRandom().uniform(0.5, 1.5)
             advice = _advice(error)
             if not advice and time.monotonic() + pause > started + timeout_s:

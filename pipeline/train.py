@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -174,7 +174,8 @@ def _loop(trainer: Trainer, position: Position, batches: Batches, around: _Surro
         at(position.step, "report")
         _report(trainer, position, meter, batches, around)
         with meter.paused():
-            _look(trainer, position, around)
+            if last or not stop:
+                _look(trainer, position, around)
             if stop or last or position.step % config.run.checkpoint_every == 0:
                 at(position.step, "saving")
                 _save(trainer, position, around, must=bool(stop) or last)
@@ -248,6 +249,8 @@ def _save(trainer: Trainer, position: Position, around: _Surroundings, *, must: 
                 around.saver.ended(wait_for_it=True)
             problem = around.saver.problem
     if must and (problem := ranks.tell(problem)):
+        if ranks.agree(around.lease.lost)[0]:
+            raise Superseded(f"{config.run.dir} was taken over by another job: step {position.step} is not saved")
         raise DataError(f"step {position.step} is not saved: {problem}")
 
 
@@ -270,9 +273,10 @@ def _stop(trainer: Trainer, position: Position, reason: str) -> None:
     """
     run_dir, ranks = trainer.config.run.dir, trainer.world
     if ranks.is_main:
-        storage.write_json(storage.join(run_dir, "control/stopped.json"), {"reason": reason, "step": position.step})
-        if reason == CONTROL_FILE:
-            storage.remove(storage.join(run_dir, CONTROL_FILE))
+        with suppress(DataError, OSError):  # the checkpoint is there, which is what counts
+            if reason == CONTROL_FILE:
+                storage.remove(storage.join(run_dir, CONTROL_FILE))
+            storage.write_json(storage.join(run_dir, "control/stopped.json"), {"reason": reason, "step": position.step})
     raise Stopped(
         f"stop requested ({reason}): saved step {position.step} of {trainer.config.train.steps}; "
         "the same command goes on from there"

@@ -102,6 +102,12 @@ def test_a_step_behind_is_behind_whatever_the_phase(run: str, start: Start) -> N
     assert diagnosis(run, 3, phase="data") == expected
 
 
+def test_a_rank_that_still_saves_is_behind_those_that_compute_the_next_step(run: str, start: Start) -> None:
+    slow = start(1, 3, 5, "saving")
+    start(2, 3, 5, "gradient")
+    assert diagnosis(run, 3, phase="gradient") == f"{who(1, slow)} is behind, in saving at step 5"
+
+
 def test_oneself_may_be_the_one(run: str, start: Start) -> None:
     start(1, 2, 5, "agreement")
     assert diagnosis(run, 2, phase="gradient").startswith(f"rank 0 (process {os.getpid()} on ")

@@ -247,3 +247,12 @@ def test_a_finished_run_whose_end_is_damaged_goes_on_from_before_it(
     assert checkpoint.verify(str(run)) == [] and is_finished(of(run, digits))
     lease: dict[str, Any] = json.loads(max((run / "control").glob("lease-*.json")).read_text())
     assert lease["released"]
+
+
+def test_first_saves_that_were_killed_at_different_steps_do_not_make_a_run_unstartable(run: str) -> None:
+    for step in (500, 120):
+        storage.write_bytes(f"{folder(run, step)}/model.safetensors", b"cut")
+        opened = look(config(run), DATA, HERE, (), lambda _: None)
+        assert opened == Opened(None)
+        begin(config(run), opened, lambda _: None)
+    assert storage.listdir(f"{run}/checkpoints") == []

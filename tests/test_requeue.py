@@ -41,14 +41,15 @@ def test_a_run_that_a_person_has_stopped_is_not_requeued(tmp_path: Path) -> None
     assert reason_against(str(tmp_path), "7") == f"stopped at step 10 by {tmp_path}/control/stop"
 
 
-@pytest.mark.parametrize("code", [2, 3, 4])
+@pytest.mark.parametrize("code", [2, 4])
 def test_what_a_restart_cannot_heal_is_not_requeued(tmp_path: Path, code: int) -> None:
     write(tmp_path, "FAILED.json", {"error": "no such shard set", "exit_code": code})
     assert reason_against(str(tmp_path), "7") == "a restart cannot heal this: no such shard set"
 
 
-def test_a_lost_rank_is_requeued(tmp_path: Path) -> None:
-    write(tmp_path, "FAILED.json", {"error": "lost contact", "exit_code": 1})
+@pytest.mark.parametrize("code", [1, 3])
+def test_a_lost_rank_or_a_store_that_was_away_is_requeued(tmp_path: Path, code: int) -> None:
+    write(tmp_path, "FAILED.json", {"error": "lost contact", "exit_code": code})
     assert reason_against(str(tmp_path), "7") is None
 
 

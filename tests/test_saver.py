@@ -143,7 +143,9 @@ def test_a_last_save_that_is_left_out_is_an_error(run: str, said: list[str]) -> 
         save(it, 10, wait=False)
         config = Config.model_validate({"run": {"dir": run}})
         trainer = SimpleNamespace(config=config, world=world.enter("cpu", 60), tensors=lambda: parts(20))
-        around = SimpleNamespace(saver=it, shards=SimpleNamespace(sha256="", samples=0, classes=None))
+        around = SimpleNamespace(
+            saver=it, lease=SimpleNamespace(lost=False), shards=SimpleNamespace(sha256="", samples=0, classes=None)
+        )
         threading.Timer(1.0, gate.open.set).start()
         with pytest.raises(DataError, match="step 20 is not saved: the save before it has not ended"):
             train._save(trainer, train.Position(step=20), around, must=True)  # type: ignore[arg-type]

@@ -94,18 +94,29 @@ def write(
                     file.write(piece)
                     digest.update(piece)
                     size += len(piece)
+                may_write()  # writing may have taken its time
             manifest["files"][name] = {"bytes": size, "sha256": digest.hexdigest()}
         if not storage.is_remote(root):
             storage.sync_dir(root)
         may_write()
-        storage.write_json(storage.join(path, _MANIFEST), manifest)
+        committed = (json.dumps(manifest, indent=1) + "\n").encode()
+        storage.write_bytes(storage.join(path, _MANIFEST), committed)
     except Superseded:
         raise  # what lies there may be the other job's by now
     except Exception:
         with suppress(DataError, OSError):
+            may_write()  # a write that failed after a freeze: what lies there may be the other job's
             storage.remove(path)
         raise
-    return Checkpoint(path, step, storage.sha256(storage.join(path, _MANIFEST)))
+    return Checkpoint(path, step, hashlib.sha256(committed).hexdigest())
+
+
+def sweep(run_dir: str) -> None:
+    """Remove the remains of saves that were never committed."""
+    for name in _names(run_dir):
+        path = storage.join(run_dir, "checkpoints", name)
+        if not storage.exists(storage.join(path, _MANIFEST)):
+            storage.remove(path)
 
 
 def committed_step(run_dir: str) -> int:

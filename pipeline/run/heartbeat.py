@@ -20,8 +20,8 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.run.background import Every
 
 BEAT_S = 3.0
-PHASES = ("starting", "data", "gradient", "agreement", "update", "report", "validation", "preview", "saving", "ended")
-"""In the order of a step."""
+PHASES = ("starting", "report", "validation", "preview", "saving", "data", "gradient", "agreement", "update", "ended")
+"""In the order in which they come at a step: what follows an update counts as the next step's."""
 _TOGETHER = ("gradient", "agreement")
 """Phases in which ranks wait for each other."""
 

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import DataError, PipelineError, Superseded
+from pipeline.errors import PipelineError, Superseded
 from pipeline.run.background import Every
 
 BEAT_S = 5.0
@@ -146,8 +146,8 @@ def _names(control: str) -> list[str]:
 
 def _read(control: str, name: str) -> dict[str, Any]:
     try:
-        return dict(storage.read_json(storage.join(control, name)))
-    except (FileNotFoundError, DataError):
+        return dict(json.loads(storage.read_bytes(storage.join(control, name))))
+    except (FileNotFoundError, ValueError):
         return {"released": True}  # removed by the next holder, or cut short when its machine went down
 
 

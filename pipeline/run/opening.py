@@ -104,6 +104,8 @@ def begin(config: Config, opened: Opened, say: Callable[[str], None]) -> None:
     run_dir, step = config.run.dir, opened.checkpoint.step if opened.checkpoint else 0
     for name in (failure.FILE, f"{CONTROL}/stopped.json", f"{CONTROL}/ranks"):
         storage.remove(storage.join(run_dir, name))
+    if not opened.checkpoint:
+        checkpoints.sweep(run_dir)  # a second one would look like a run that has lost its checkpoints
     if step >= config.train.steps > 0 and opened.checkpoint:
         return
     if opened.checkpoint and storage.exists(storage.join(run_dir, "DONE")):

@@ -20,7 +20,8 @@ from pipeline.run.interrupt import CONTROL_FILE
 
 MOST_IDLE_STARTS = 3
 """So many starts of a job in a row may make no progress; the last of them is not requeued."""
-_INCURABLE = {error.exit_code for error in (ConfigError, DataError, NoCheckpoint)}
+_INCURABLE = {error.exit_code for error in (ConfigError, NoCheckpoint)}
+"""Data and disks may be well again at the next start; three without progress are the end of it."""
 
 
 def reason_against(run_dir: str, job: str | None) -> str | None:
