@@ -14,7 +14,8 @@ else
   # kills after PET_SHUTDOWN_TIMEOUT. A rank that fails ends the job, as a requeue outlives a lost node and a restart
   # in place does not.
   export PET_SHUTDOWN_TIMEOUT=120
-  command=(env --ignore-signal=USR1 --ignore-signal=USR2
+  # shellcheck disable=SC2016  # expanded by the inner shell
+  command=(bash -c 'trap "" USR1 USR2; exec "$@"' ignoring   # env --ignore-signal is missing on older systems
     accelerate launch --config_file launch/accelerate/multi_node.yaml --multi_gpu --num_machines "$SLURM_NNODES"
     --num_processes "$processes" --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER"
     --main_process_port "$PORT" --max_restarts 0 --dynamo_backend no -m pipeline.train)
