@@ -227,7 +227,8 @@ def doctor(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit code."""
     # Until a job looks for stop requests itself, and after that, there is nothing to bring to an end first.
-    before = {number: signal.signal(number, _stop) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    before = {number: signal.signal(number, _stop) for number in SIGNALS if not (nohup and number == signal.SIGHUP)}
     try:
         code = app(
             sys.argv[1:] or ["--help"] if arguments is None else arguments, prog_name="ddpm", standalone_mode=False
