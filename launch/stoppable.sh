@@ -15,3 +15,15 @@ stoppable() {
   while kill -0 "$process" 2> /dev/null; do wait "$process"; done   # a trap ends a `wait` early
   wait "$process"
 }
+
+# This job; a task of an array has a number of its own, as the array's may mean all of its tasks.
+me=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+
+# still_wanted: not where SLURM itself ends the job, as a requeue would undo an scancel.
+still_wanted() { [[ $(squeue -h -j "$me" -o "%T %r") =~ ^RUNNING|TimeLimit$ ]]; }
+
+# leave CODE: end as a command did that stops on request with 75 and is then to be started again.
+leave() {
+  if [ "$1" = 75 ] && still_wanted && scontrol requeue "$me"; then exit 0; fi
+  exit "$1"
+}

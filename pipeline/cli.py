@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
-from pipeline.run.interrupt import SIGNALS
+from pipeline.run.interrupt import signals_to
 
 _INTERRUPTED = 130
 
@@ -226,24 +226,21 @@ def doctor(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit code."""
-    # Until a job looks for stop requests itself, and after that, there is nothing to bring to an end first.
-    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    before = {number: signal.signal(number, _stop) for number in SIGNALS if not (nohup and number == signal.SIGHUP)}
-    try:
-        code = app(
-            sys.argv[1:] or ["--help"] if arguments is None else arguments, prog_name="ddpm", standalone_mode=False
-        )  # an exit code where the parser ends it
-    except PipelineError as error:
-        _leave(str(error), error.exit_code)
-    except typer.Abort as error:  # what the parser makes of an EOFError
-        _leave(f"a file ends too early ({error.__cause__}): copy or make it again", DataError.exit_code)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # not one of the parser's own: a bug, so the traceback is wanted
-            raise
-        _leave(f"{' '.join(error.format_message().split())} `ddpm --help` and `ddpm JOB --help` list what there is.", 2)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with signals_to(_stop):  # until a job looks for stop requests itself there is nothing to bring to an end first
+        try:
+            code = app(
+                sys.argv[1:] or ["--help"] if arguments is None else arguments, prog_name="ddpm", standalone_mode=False
+            )  # an exit code where the parser ends it
+        except PipelineError as error:
+            _leave(str(error), error.exit_code)
+        except typer.Abort as error:  # what the parser makes of an EOFError
+            _leave(f"a file ends too early ({error.__cause__}): copy or make it again", DataError.exit_code)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # not one of the parser's own: a bug, so the traceback is wanted
+                raise
+            _leave(
+                f"{' '.join(error.format_message().split())} `ddpm --help` and `ddpm JOB --help` list what there is.", 2
+            )
     if code == _INTERRUPTED:
         _leave("interrupted: finished parts stay, the same command goes on from there", _INTERRUPTED)
     sys.exit(code or 0)

@@ -331,19 +331,18 @@ def _cpu_has_bf16() -> bool:
 def _look_at_run(path: str) -> dict[str, Any]:
     """Where a run stands: state, newest step, lanes, who holds it, and how long its last save took."""
     from pipeline import storage
-    from pipeline.run import checkpoint, failure, lease
+    from pipeline.run import checkpoint, failure, interrupt, lease
 
     if not storage.is_dir(path):
         raise ConfigError(f"{path}: no such run: give the run.dir of one")
     step = checkpoint.committed_step(path)
-    stopped = storage.join(path, "control", "stopped.json")
     state, lanes, save_s = "new" if step == 0 else "to be resumed", None, None
     if storage.exists(storage.join(path, "DONE")):
         state = "done"
     elif failed := failure.read(path):
         state = f"failed on rank {failed['rank']} ({failed['host']}) at step {failed['step']}: {failed['error']}"
-    elif storage.exists(stopped):
-        state = f"stopped on request ({storage.read_json(stopped)['reason']})"
+    elif reason := interrupt.stop_reason(path):
+        state = f"stopped on request ({reason})"
     if step:
         saved = storage.read_json(storage.join(path, "checkpoints", f"step_{step:08d}", "state.json"))
         lanes = saved["position"]["lanes"]

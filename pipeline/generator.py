@@ -73,7 +73,7 @@ class Generator:
         self.config, self.ema, self._clip = config, ema, clip
         names = class_names or [str(number) for number in range(config.model.num_classes)]
         self.class_names = tuple(names) if config.model.num_classes else None
-        self._network, self._schedule, self._device = network.eval(), schedule, device
+        self._network, self._schedule, self.device = network.eval(), schedule, device
 
     def labels(self, seeds: Iterable[int], manner: Manner) -> dict[int, int]:
         """Seed → class; empty for a model without classes."""
@@ -127,10 +127,10 @@ class Generator:
     @torch.no_grad()
     def _trajectory(self, seeds: range, manner: Manner, go_on: Callable[[], None]) -> Iterator[samplers.Step]:
         """The noisy pictures after each step, keyed by seed and timestep."""
-        ids = torch.arange(seeds.start, seeds.stop, device=self._device)
+        ids = torch.arange(seeds.start, seeds.stop, device=self.device)
         shape = (self.config.data.channels, *(manner.size or self.config.data.height_width))
         by_seed = self.labels(seeds, manner)
-        labels = torch.tensor([by_seed[seed] for seed in seeds], device=self._device) if by_seed else None
+        labels = torch.tensor([by_seed[seed] for seed in seeds], device=self.device) if by_seed else None
 
         def step_noise(t: int) -> Tensor:
             return noise.normals(_SEED, ids, Use.SAMPLE_STEP, shape, step=t)
@@ -143,7 +143,7 @@ class Generator:
     def _denoiser(self, labels: Tensor | None, manner: Manner, go_on: Callable[[], None]) -> Denoise:
         def call(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
             go_on()
-            with autocast(self._device, manner.precision):
+            with autocast(self.device, manner.precision):
                 return cast(Tensor, self._network(x.contiguous(memory_format=torch.channels_last), t, labels))
 
         if labels is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import random
 import sys
 import time
@@ -28,6 +27,7 @@ from pipeline.data.grid import grid
 from pipeline.data.sampleset import Format, SampleSet, parse_seeds
 from pipeline.errors import ConfigError, Stopped
 from pipeline.generator import Generator, Manner
+from pipeline.run.environment import environment
 from pipeline.run.interrupt import Interrupt
 from pipeline.run.progress import Progress
 
@@ -87,7 +87,7 @@ def sample(
         request.format,
         request.shard_samples,
         _provenance(generator, identity, manner, request),
-        _environment(),
+        environment(generator.device) | {"threads": torch.get_num_threads()},
     )
 
     # Shard by shard; what another start or another process has finished is not done again.
@@ -249,15 +249,6 @@ def _provenance(generator: Generator, identity: str, manner: Manner, request: Re
         "size": list(manner.size or generator.config.data.height_width),
         "format": request.format,
         "shard_samples": request.shard_samples,
-    }
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -7,7 +7,6 @@ weights and optimizer are all there is to restore.
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -29,8 +28,9 @@ from pipeline.generator import load_weights
 from pipeline.model import ema as averaging
 from pipeline.run import failure, memory, opening, world
 from pipeline.run.checkpoint import Checkpoint
+from pipeline.run.environment import environment
 from pipeline.run.heartbeat import Heartbeat
-from pipeline.run.interrupt import CONTROL_FILE, REASONS, Interrupt
+from pipeline.run.interrupt import CONTROL_FILE, REASONS, STOPPED, Interrupt
 from pipeline.run.learning_rate import learning_rate
 from pipeline.run.lease import Lease
 from pipeline.run.meter import Meter
@@ -79,10 +79,10 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
         # The run: new, to be resumed, or finished. One job at a time holds it.
         lease = Lease(config.run.dir, partial(_say, ranks))
         opened = ranks.ask(lambda: _open(config, shards, insist, ranks, stack, lease))
-        if opened.checkpoint and opened.checkpoint.step >= config.train.steps:
+        if opened.step >= config.train.steps:
             _say(
                 ranks,
-                f"{config.run.dir}: done at step {opened.checkpoint.step}, nothing to do (raise train.steps to go on)",
+                f"{config.run.dir}: done at step {opened.step}, nothing to do (raise train.steps to go on)",
                 quiet,
             )
             return
@@ -255,14 +255,7 @@ def _save(trainer: Trainer, position: Position, around: _Surroundings, *, must: 
 
 
 def _environment(ranks: World) -> dict[str, str]:
-    """What the bits of a run depend on besides its settings, data and number of processes."""
-    on_gpu = ranks.device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else platform.machine(),
-    }
+    return environment(ranks.device) | {"accelerate": accelerate.__version__}
 
 
 def _stop(trainer: Trainer, position: Position, reason: str) -> None:
@@ -276,7 +269,7 @@ def _stop(trainer: Trainer, position: Position, reason: str) -> None:
         with suppress(DataError, OSError):  # the checkpoint is there, which is what counts
             if reason == CONTROL_FILE:
                 storage.remove(storage.join(run_dir, CONTROL_FILE))
-            storage.write_json(storage.join(run_dir, "control/stopped.json"), {"reason": reason, "step": position.step})
+            storage.write_json(storage.join(run_dir, STOPPED), {"reason": reason, "step": position.step})
     raise Stopped(
         f"stop requested ({reason}): saved step {position.step} of {trainer.config.train.steps}; "
         "the same command goes on from there"
@@ -291,13 +284,13 @@ def _open(
     opening.check_place(config.run.dir)
     if opening.is_finished(config):
         opened = opening.look(config, data, _environment(ranks), insist, say)
-        if opened.checkpoint and opened.checkpoint.step >= config.train.steps:
+        if opened.step >= config.train.steps:
             return opened  # otherwise its last checkpoint is damaged, and there is something to do
     stack.enter_context(lease)
     opened = opening.look(config, data, _environment(ranks), insist, say)
     opening.begin(config, opened, say)
-    if opened.checkpoint and opened.checkpoint.step >= config.train.steps:
-        _write_done(config, opened.checkpoint.step)  # an earlier start was killed between its last save and this
+    if opened.step >= config.train.steps:
+        _write_done(config, opened.step)  # an earlier start was killed between its last save and this
     return opened
 
 

@@ -1,4 +1,4 @@
-"""Start the real commands: `ddpm` and `accelerate launch` with several gloo processes, and kill them."""
+"""Start the real commands, `ddpm` and `accelerate launch` with several gloo processes, watch them, and kill them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+from pipeline.run import checkpoint
 
 _TINY_YAML = Path(__file__).parent / "tiny.yaml"
 TINY = ("--config", str(_TINY_YAML))
@@ -74,6 +76,17 @@ def ranks(launcher: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
 def gone(process: psutil.Process) -> bool:
     """Whether a process has ended; an orphan's number may stay for a while."""
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def committed_step(run: Path) -> int:
+    """The newest step with a checkpoint; 0 if there is none."""
+    return checkpoint.committed_step(str(run))
+
+
+def logged_steps(run: Path) -> int:
+    """Lines of a run's log; with `run.log_every=1` the step it has come to."""
+    log = run / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def until(condition: Callable[[], bool], launcher: subprocess.Popen[bytes], timeout_s: float = 120) -> bool:

@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from pipeline.cli import app, main
 from pipeline.run.interrupt import SIGNALS, Interrupt
+from tests import disk
 from tests.launch import ENVIRONMENT, TINY, ddpm
 
 ROOT = Path(__file__).parents[1]
@@ -252,12 +253,8 @@ def test_damaged_shards_end_with_3(refused: Refused, digits: Path, tmp_path: Pat
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with disk.small_disk(tmp_path / "disk", "4m") as mounted:
+        yield mounted.path
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 from pipeline import storage
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.run.background import Every
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -22,8 +23,23 @@ STOP_FILE, DEADLINE, NO_LAUNCHER, CONTROL_FILE = "the stop file", "the deadline"
 REASONS = ("", *(number.name for number in SIGNALS), STOP_FILE, DEADLINE, NO_LAUNCHER, CONTROL_FILE)
 """All that a request can be; ranks tell each other by number."""
 
+STOPPED = "control/stopped.json"
+"""Of a run whose last start was stopped on request: `reason`, one of REASONS, and `step`."""
+
 _LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")
 _LOOK_EVERY_S = 1.0
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within it a handler gets the stop signals, but for a SIGHUP that nohup has ignored."""
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    before = {number: signal.signal(number, handler) for number in SIGNALS if not (nohup and number == signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 class Interrupt:
@@ -45,12 +61,10 @@ class Interrupt:
         self._deadline = _deadline()
         self._stop_file = os.environ.get("DDPM_STOP_FILE")
         self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
-        self._previous: dict[signal.Signals, object] = {}
+        self._signals = signals_to(self._handle)
 
     def __enter__(self) -> Interrupt:
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._handle)
+        self._signals.__enter__()
         self._look()
         self._watch = Every(_LOOK_EVERY_S, self._look, "interrupt")
         return self
@@ -59,8 +73,7 @@ class Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._watch.stop()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # as signal.signal returned it
+        self._signals.__exit__(kind, error, trace)
 
     def end_within(self, seconds: float) -> None:
         """Ask for a stop `lead_s` before so much time is over, if the deadline is not earlier."""
@@ -84,6 +97,13 @@ class Interrupt:
             with suppress(PipelineError, OSError):  # a mount that is away for a moment
                 if storage.exists(self.control_file):
                     self.requested = CONTROL_FILE
+
+
+def stop_reason(run_dir: str) -> str | None:
+    """Why the last start of a run was stopped on request; None if it was not."""
+    with suppress(FileNotFoundError, DataError):
+        return dict(storage.read_json(storage.join(run_dir, STOPPED))).get("reason")
+    return None
 
 
 def _deadline() -> float:

@@ -13,6 +13,7 @@ from pipeline.run import checkpoint as checkpoints
 from pipeline.run import failure
 from pipeline.run.checkpoint import Checkpoint
 from pipeline.run.continuity import check_same_run
+from pipeline.run.interrupt import STOPPED
 
 CONTROL = "control"
 _OF_A_RUN = {CONTROL, "logs"}
@@ -27,6 +28,11 @@ class Opened:
     """The newest valid one; None at step 0."""
     state: dict[str, Any] = field(default_factory=dict)
     """The checkpoint's."""
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return self.checkpoint.step if self.checkpoint else 0
 
 
 def check_place(run_dir: str) -> None:
@@ -101,12 +107,12 @@ def look(
 
 def begin(config: Config, opened: Opened, say: Callable[[str], None]) -> None:
     """Write down what the run is now, and forget how its last start ended."""
-    run_dir, step = config.run.dir, opened.checkpoint.step if opened.checkpoint else 0
-    for name in (failure.FILE, f"{CONTROL}/stopped.json", f"{CONTROL}/ranks"):
+    run_dir = config.run.dir
+    for name in (failure.FILE, STOPPED, f"{CONTROL}/ranks"):
         storage.remove(storage.join(run_dir, name))
     if not opened.checkpoint:
         checkpoints.sweep(run_dir)  # a second one would look like a run that has lost its checkpoints
-    if step >= config.train.steps > 0 and opened.checkpoint:
+    if opened.step >= config.train.steps:
         return
     if opened.checkpoint and storage.exists(storage.join(run_dir, "DONE")):
         checkpoints.keep(opened.checkpoint)  # a finished model is never lost to the retention of the run that goes on

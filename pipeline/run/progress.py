@@ -90,10 +90,6 @@ class Progress:
 
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if minutes < 2
-        else f"{minutes // 60} h {minutes % 60:02} min"
-        if minutes > 90
-        else f"{minutes} min"
-    )
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes <= 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -10,13 +10,12 @@ import json
 import os
 import sys
 from contextlib import suppress
-from typing import Any
 
 from pipeline import storage
-from pipeline.errors import ConfigError, DataError, NoCheckpoint, PipelineError
+from pipeline.errors import ConfigError, NoCheckpoint, PipelineError
 from pipeline.run import failure, lease
 from pipeline.run.checkpoint import committed_step
-from pipeline.run.interrupt import CONTROL_FILE
+from pipeline.run.interrupt import CONTROL_FILE, stop_reason
 
 MOST_IDLE_STARTS = 3
 """So many starts of a job in a row may make no progress; the last of them is not requeued."""
@@ -35,11 +34,10 @@ def reason_against(run_dir: str, job: str | None) -> str | None:
         DataError: the note cannot be written.
     """
     step, idle = _note(run_dir, job)
-    stopped, failed = _read(storage.join(run_dir, "control", "stopped.json")), failure.read(run_dir)
-    holder = lease.holder(run_dir)
+    failed, holder = failure.read(run_dir), lease.holder(run_dir)
     if storage.exists(storage.join(run_dir, "DONE")):
         return f"done at step {step}"
-    if stopped.get("reason") == CONTROL_FILE:
+    if stop_reason(run_dir) == CONTROL_FILE:
         return f"stopped at step {step} by {storage.join(run_dir, CONTROL_FILE)}"
     if failed and failed.get("exit_code") in _INCURABLE:
         return f"a restart cannot heal this: {failed.get('error')}"
@@ -62,12 +60,6 @@ def _note(run_dir: str, job: str | None) -> tuple[int, int]:
     before = [note["step"] for note in notes if note["job"] != job][-1:] or [0]
     steps = before + [note["step"] for note in notes if note["job"] == job]
     return step, len(steps) - 1 - steps.index(max(steps))
-
-
-def _read(path: str) -> dict[str, Any]:
-    with suppress(FileNotFoundError, DataError):
-        return dict(storage.read_json(path))
-    return {}
 
 
 def main() -> None:

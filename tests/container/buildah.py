@@ -114,13 +114,13 @@ def _pip_settings() -> tuple[str, list[Path]]:
     """This machine's settings of pip as a file, and the paths that they name."""
     listing = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True)
     settings, named = {}, set()
-    for line in listing.splitlines():  # such as global.index-url='https://…', or :env:.index-url='…'
+    for line in listing.splitlines():  # such as global.timeout='60', or :env:.timeout='60'
         name, _, value = line.partition("=")
         key = name.rpartition(".")[2]
         settings[key] = str(ast.literal_eval(value)).split()
         for path in (Path(value.removeprefix("file://")) for value in settings[key]):
             if path.is_absolute() and path.exists():
-                named.add(path.parent if key.endswith("index-url") else path)  # an index's files lie beside it
+                named.add(path.parent if key.endswith("-url") else path)  # what such pages lead to lies beside them
     lines = [f"{key} = {' '.join(values)}" for key, values in settings.items()]
     # What lies under /etc/ssl comes from the certificates, when the Dockerfile installs them.
     return "\n".join(["[global]", *lines, ""]), sorted(path for path in named if not path.is_relative_to("/etc/ssl"))

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.launch import TINY, ddpm, kill, launch, start, until
+from tests.launch import TINY, committed_step, ddpm, kill, launch, start, until
 
 RANKS = 3
 KILLS = int(os.environ.get("DDPM_KILLS", "5"))  # `make soak` takes 30
@@ -28,10 +28,6 @@ PARTS = ("model", "ema", "optimizer")
 
 def last_checkpoint(run: Path) -> Path:
     return max((run / "checkpoints").glob("step_*/manifest.json")).parent
-
-
-def committed_step(run: Path) -> int:
-    return max((int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step_*/manifest.json")), default=0)
 
 
 def assert_same_bytes(run: Path, other: Path) -> None:

@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.launch import TINY, ddpm, kill, launch, start, until
+from tests.launch import TINY, committed_step, ddpm, kill, launch, start, until
 
 STEPS = 16
 SETTINGS = ("train.micro_batch=3", "run.checkpoint_every=1", f"train.steps={STEPS}", "data.workers=1")
-
-
-def committed(run: Path) -> int:
-    return max((int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step_*/manifest.json")), default=0)
 
 
 def trace(folder: Path) -> list[list[object]]:
@@ -47,8 +43,8 @@ def root(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             processes, "traced", *arguments, log=root / f"log-{name}", package="tests.multiprocess", **environment
         )
         if name == "elastic" and number < 3:
-            target = committed(root / name) + 3
-            until(lambda: committed(root / name) >= target, launcher)
+            target = committed_step(root / name) + 3
+            until(lambda: committed_step(root / name) >= target, launcher)
             kill(launcher)
             return 0
         return launcher.wait(180)

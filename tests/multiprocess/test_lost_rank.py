@@ -12,13 +12,9 @@ import numpy as np
 import psutil
 
 from pipeline.data.shardset import ShardSet
-from tests.launch import TINY, ddpm, ended, kill, launch, ranks, start, until
+from tests.launch import TINY, ddpm, ended, kill, launch, logged_steps, ranks, start, until
 
 LONG = (*TINY, "train.steps=100000", "run.checkpoint_every=10", "run.log_every=1")
-
-
-def logged_step(run: Path) -> int:
-    return (run / "log.jsonl").read_text().count("\n") if (run / "log.jsonl").exists() else 0
 
 
 def failed(run: Path) -> dict:
@@ -29,7 +25,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(digits: Path, tmp_pa
     run, log = tmp_path / "run", tmp_path / "log"
     arguments = (*LONG, f"data.shards={digits}", f"run.dir={run}")
     launcher = start(3, "train", *arguments, log=log)
-    assert until(lambda: logged_step(run) >= 12, launcher)
+    assert until(lambda: logged_steps(run) >= 12, launcher)
     victim = ranks(launcher)[2]
     victim.kill()
     assert ended(launcher, log, 90) == 1
@@ -46,7 +42,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(digits: Path, tmp_pa
 def test_a_rank_that_hangs_is_named_with_its_phase(digits: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     launcher = start(3, "train", *LONG, f"data.shards={digits}", f"run.dir={run}", "run.timeout=12", log=log)
-    assert until(lambda: logged_step(run) >= 3, launcher)
+    assert until(lambda: logged_steps(run) >= 3, launcher)
     victim = ranks(launcher)[1]
     victim.suspend()
     stopped = time.monotonic()
@@ -77,14 +73,14 @@ def test_a_second_trainer_is_told_who_holds_the_run(digits: Path, tmp_path: Path
     run, log = tmp_path / "run", tmp_path / "log"
     arguments = (*LONG, f"data.shards={digits}", f"run.dir={run}")
     first = start(2, "train", *arguments, log=log)
-    assert until(lambda: logged_step(run) >= 3, first)
+    assert until(lambda: logged_steps(run) >= 3, first)
     holder = ranks(first)[0].pid
     second = ddpm("train", *arguments)
     assert second.returncode == 2, second.stderr
     assert f"{run} is held by process {holder} on " in second.stderr
     assert not (run / "FAILED.json").exists()
-    before = logged_step(run)
-    assert until(lambda: logged_step(run) > before, first), "the first one was disturbed"
+    before = logged_steps(run)
+    assert until(lambda: logged_steps(run) > before, first), "the first one was disturbed"
 
     kill(first)  # a dead holder on this machine is replaced at once
     begun = time.monotonic()
@@ -99,7 +95,7 @@ def test_a_frozen_holder_finds_out_and_writes_no_more(digits: Path, tmp_path: Pa
     run, log = tmp_path / "run", tmp_path / "log"
     arguments = (*LONG, f"data.shards={digits}", f"run.dir={run}", "data.workers=0")
     zombie = start(1, "train", *arguments, log=log)
-    assert until(lambda: logged_step(run) >= 12, zombie)
+    assert until(lambda: logged_steps(run) >= 12, zombie)
     (process,) = (p for p in psutil.Process(zombie.pid).children() if "train" in " ".join(p.cmdline()))
     process.suspend()
     # As if it ran on another machine, where its process cannot be looked at.

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch import ENVIRONMENT, TINY, ended, kill, until
+from tests.launch import ENVIRONMENT, TINY, ended, kill, logged_steps, until
 
 HOSTS = Path(__file__).parent / "two_hosts.sh"
 TIMEOUT_S = 12
@@ -43,16 +43,12 @@ def begin(host: int, log: Path, *arguments: object) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output)
 
 
-def steps(run: Path) -> int:
-    return (run / "log.jsonl").read_text().count("\n") if (run / "log.jsonl").exists() else 0
-
-
 def test_a_cut_link_is_told_in_time_and_the_run_goes_on(hosts: None, digits: Path, tmp_path: Path) -> None:
     run, logs = tmp_path / "run", [tmp_path / "log0", tmp_path / "log1"]
     arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}", "train.steps=100000", "run.checkpoint_every=10",
                  f"run.timeout={TIMEOUT_S}")  # fmt: skip
     launchers = [begin(host, logs[host], *arguments) for host in (0, 1)]
-    assert until(lambda: steps(run) >= 15, launchers[0]), logs[0].read_text()[-4000:]
+    assert until(lambda: logged_steps(run) >= 15, launchers[0]), logs[0].read_text()[-4000:]
     subprocess.run([HOSTS, "cut"], check=True)
     cut = time.monotonic()
     assert [ended(launcher, log, 120) for launcher, log in zip(launchers, logs)] == [1, 1]
@@ -64,7 +60,7 @@ def test_a_cut_link_is_told_in_time_and_the_run_goes_on(hosts: None, digits: Pat
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(run) in " ".join(p.info["cmdline"] or ())]
 
     subprocess.run([HOSTS, "mend"], check=True)
-    done = steps(run)
+    done = logged_steps(run)
     launchers = [begin(host, logs[host], *arguments, f"train.steps={done + 20}") for host in (0, 1)]
     assert [ended(launcher, log, 180) for launcher, log in zip(launchers, logs)] == [0, 0]
     assert "resuming at step" in logs[0].read_text()
@@ -75,11 +71,11 @@ def test_a_link_that_is_cut_for_a_moment_costs_nothing_but_time(hosts: None, dig
     run, logs = tmp_path / "run", [tmp_path / "log0", tmp_path / "log1"]
     arguments = (*TINY, f"data.shards={digits}", f"run.dir={run}", "train.steps=100000", "run.timeout=60")
     launchers = [begin(host, logs[host], *arguments) for host in (0, 1)]
-    assert until(lambda: steps(run) >= 15, launchers[0]), logs[0].read_text()[-4000:]
+    assert until(lambda: logged_steps(run) >= 15, launchers[0]), logs[0].read_text()[-4000:]
     subprocess.run([HOSTS, "cut"], check=True)
     time.sleep(5)
-    frozen = steps(run)
+    frozen = logged_steps(run)
     subprocess.run([HOSTS, "mend"], check=True)
-    assert until(lambda: steps(run) >= frozen + 5, launchers[0]), logs[0].read_text()[-4000:]
+    assert until(lambda: logged_steps(run) >= frozen + 5, launchers[0]), logs[0].read_text()[-4000:]
     for launcher in launchers:
         kill(launcher)

@@ -13,19 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch import TINY, ended, gone, launch, ranks, start, until
+from tests.launch import TINY, committed_step, ended, gone, launch, logged_steps, ranks, start, until
 
 # Steps long enough to be told apart: about 0.2 s.
 SLOW = (*TINY, "train.global_batch=480", "train.micro_batch=60", "train.steps=400", "run.checkpoint_every=400")
-
-
-def logged_step(run: Path) -> int:
-    lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
-def saved_step(run: Path) -> int:
-    return max((int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step_*/manifest.json")), default=0)
 
 
 class Running:
@@ -35,7 +26,7 @@ class Running:
         self.run, self.log = folder / "run", folder / "log"
         self.arguments = (*SLOW, f"data.shards={digits}", f"run.dir={self.run}", *settings)
         self.launcher = start(2, "train", *self.arguments, log=self.log, **environment)
-        assert until(lambda: logged_step(self.run) >= 3, self.launcher), self.log.read_text()[-4000:]
+        assert until(lambda: logged_steps(self.run) >= 3, self.launcher), self.log.read_text()[-4000:]
         self.family = psutil.Process(self.launcher.pid).children(recursive=True)
 
     def assert_saved(self, reason: str, within_steps: int) -> None:
@@ -47,17 +38,17 @@ class Running:
         assert all(map(gone, self.family)), "a process lives on"
         text = self.log.read_text()
         assert f"stop requested ({reason}): saved step" in text, text[-4000:]
-        assert 0 <= saved_step(self.run) - self.asked <= within_steps
+        assert 0 <= committed_step(self.run) - self.asked <= within_steps
         assert json.loads((self.run / "control/stopped.json").read_text()) == {
-            "reason": reason, "step": saved_step(self.run),
+            "reason": reason, "step": committed_step(self.run),
         }  # fmt: skip
         assert not (self.run / "FAILED.json").exists()
-        assert launch(2, "train", *self.arguments, f"train.steps={saved_step(self.run) + 1}", log=self.log) == 0
+        assert launch(2, "train", *self.arguments, f"train.steps={committed_step(self.run) + 1}", log=self.log) == 0
         assert "resuming at step" in self.log.read_text()
         assert (self.run / "DONE").exists()
 
     def ask(self, how: Callable[[], object]) -> None:
-        self.asked = logged_step(self.run)
+        self.asked = logged_steps(self.run)
         how()
 
 
@@ -73,7 +64,7 @@ def test_a_signal_to_one_rank_stops_all_within_two_steps(
 def test_signals_to_every_process_again_and_again_do_no_harm(digits: Path, tmp_path: Path) -> None:
     """As SLURM sends them: loader processes too, and again while the checkpoint is being written."""
     running = Running(digits, tmp_path, "data.workers=2")
-    running.asked = logged_step(running.run)
+    running.asked = logged_steps(running.run)
     for _ in range(20):
         for process in running.family:
             if not gone(process):
@@ -93,13 +84,13 @@ def test_ranks_whose_launcher_is_gone_save_and_end(digits: Path, tmp_path: Path,
 def test_a_launcher_of_a_single_process_that_is_gone(digits: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     launcher = start(1, "train", *SLOW, f"data.shards={digits}", f"run.dir={run}", log=log)
-    assert until(lambda: logged_step(run) >= 2, launcher)
+    assert until(lambda: logged_steps(run) >= 2, launcher)
     family = psutil.Process(launcher.pid).children(recursive=True)
     launcher.send_signal(signal.SIGTERM)
     launcher.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert all(map(gone, alive))
-    assert saved_step(run) > 0
+    assert committed_step(run) > 0
 
 
 def test_the_stop_file_of_a_batch_script(digits: Path, tmp_path: Path) -> None:
@@ -133,7 +124,7 @@ def test_a_stop_is_resumable_within_20_s_for_a_gpu_sized_model(digits: Path, tmp
     job = subprocess.Popen(
         [sys.executable, "-c", "from pipeline.cli import main; main()", *command[1:]], stderr=subprocess.PIPE
     )
-    assert until(lambda: logged_step(run) >= 1, job)
+    assert until(lambda: logged_steps(run) >= 1, job)
     asked = time.monotonic()
     job.send_signal(signal.SIGTERM)
     assert job.wait(120) == 75, job.stderr.read().decode()[-2000:]

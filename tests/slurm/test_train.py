@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import TINY
+from tests.launch import TINY, committed_step, logged_steps
 from tests.slurm.cluster import Cluster, Job, thaw
 from tests.slurm.conftest import SETTINGS
 
@@ -23,20 +23,13 @@ def submit(cluster: Cluster, digits: Path, run: Path, *settings: str, options: t
     return cluster.submit("--nodes=2", *arguments, log=run.with_suffix(".log"), RANKS_PER_NODE="1")
 
 
-def steps_logged(run: Path) -> int:
-    return (run / "log.jsonl").read_bytes().count(b"\n") if (run / "log.jsonl").exists() else 0
-
-
-def committed_step(run: Path) -> int:
-    return max((int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step_*/manifest.json")), default=0)
-
-
-def caught(job: Job, run: Path) -> list[Any]:
-    """The job's two ranks, held in the middle of a step before the first checkpoint."""
-    job.until(lambda: steps_logged(run) >= 3)
+def caught(cluster: Cluster, digits: Path, run: Path, *settings: str, options: tuple[str, ...] = ()) -> tuple[Job, Any]:
+    """A job, and its two ranks, held in the middle of a step before the first checkpoint."""
+    job = submit(cluster, digits, run, *SETTINGS, *settings, options=options)
+    job.until(lambda: logged_steps(run) >= 3)
     ranks = job.freeze("pipeline.train", count=2)
     assert committed_step(run) == 0, "the run was too fast to be caught: give it more steps"
-    return ranks
+    return job, ranks
 
 
 def told(job: Job, *nodes: int) -> None:
@@ -66,8 +59,7 @@ def test_a_job_near_its_time_limit_saves_requeues_itself_and_goes_on(
     cluster: Cluster, digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = submit(cluster, digits, run, *SETTINGS)
-    ranks = caught(job, run)
+    job, ranks = caught(cluster, digits, run)
     job.update("TimeLimit=5")  # minutes, and train.sbatch asks for the signal 300 s before the end
     told(job, 0)
     thaw(ranks)
@@ -94,8 +86,7 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on(
     cluster: Cluster, digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = submit(cluster, digits, run, *SETTINGS, "data.workers=1", options=("--time=60",))
-    ranks = caught(job, run)
+    job, ranks = caught(cluster, digits, run, "data.workers=1", options=("--time=60",))
     end = cluster.run("date", "-d", job["EndTime"], "+%s").strip()
     assert {rank.environ()["DDPM_DEADLINE"] for rank in ranks} == {end}
     urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "true", log=tmp_path / "urgent")
@@ -112,8 +103,7 @@ def test_a_cancelled_job_saves_and_stays_ended_until_somebody_submits_it_again(
     cluster: Cluster, digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = submit(cluster, digits, run, *SETTINGS)
-    ranks = caught(job, run)
+    job, ranks = caught(cluster, digits, run)
     job.cancel()
     told(job, 0, 1)
     thaw(ranks)
@@ -142,8 +132,7 @@ def test_a_job_whose_node_dies_goes_on_from_its_last_checkpoint_when_the_node_is
 
 def test_a_person_stops_a_run_for_good(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = submit(cluster, digits, run, *SETTINGS)
-    ranks = caught(job, run)
+    job, ranks = caught(cluster, digits, run)
     (run / "control/stop").touch()
     thaw(ranks)
     assert job.end() == "FAILED" and job["Restarts"] == "0"
