@@ -331,10 +331,11 @@ def _cpu_has_bf16() -> bool:
 def _look_at_run(path: str) -> dict[str, Any]:
     """Where a run stands: state, newest step, lanes, who holds it, and how long its last save took."""
     from pipeline import storage
-    from pipeline.run import checkpoint, failure, interrupt, lease
+    from pipeline.run import checkpoint, failure, interrupt, lease, opening
 
     if not storage.is_dir(path):
         raise ConfigError(f"{path}: no such run: give the run.dir of one")
+    opening.check_place(path)
     step = checkpoint.committed_step(path)
     state, lanes, save_s = "new" if step == 0 else "to be resumed", None, None
     if storage.exists(storage.join(path, "DONE")):

@@ -219,3 +219,8 @@ def test_a_save_that_does_not_fit_the_grace_period_is_told(copy: Path, save_s: f
 def test_no_such_run_is_one_line(tmp_path: Path) -> None:
     code, report, error = _doctor("--run", tmp_path / "nothing")
     assert code == 2 and not report and "no such run" in error and "Traceback" not in error
+
+
+def test_what_is_no_run_is_not_told_as_a_new_one(digits: Path) -> None:
+    code, report, error = _doctor("--run", digits)
+    assert code == 2 and not report and "exists and is not a run" in error and "Traceback" not in error
