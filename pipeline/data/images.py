@@ -36,6 +36,10 @@ REASONS = {
     "truncated": "the file ends before the picture does",
     "damaged": "the decoder gave up: damaged, or a variant that it does not know",
     "unsupported_depth": "floating point, or integers beyond 16 bits: their white is not known",
+    "no_label": "the CSV of labels has no row for it",
+    "duplicate": "--dedupe: the same picture as the one whose key the detail names, which was kept",
+    "decoder_crashed": "the process that decoded it, and nothing else, died",
+    "decoder_hung": "decoding it used more CPU seconds than allowed",
 }
 """Every reason that can stand in `rejected.jsonl`."""
 
