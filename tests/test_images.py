@@ -97,6 +97,30 @@ def test_without_crop_another_aspect_ratio_is_refused():
     assert whole.meta["box"] == [0, 0, 333, 500]
 
 
+@pytest.mark.parametrize("h, w", [(300, 100), (100, 300), (16, 24), (7, 5), (1, 4000), (20, 20)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_padding_keeps_the_whole_picture_and_enlarges_nothing(h, w, channels):
+    stored = Image.new("RGB", (w, h), (255, 255, 255))
+    data = file(stored)
+    picture = to_picture(data, size=(16, 24), channels=channels, crop_at=None, background=(0, 0, 0), pad=True)
+    inner_h, inner_w = (max(1, round(side * min(1, 16 / h, 24 / w))) for side in (h, w))
+    top, left = (16 - inner_h) // 2, (24 - inner_w) // 2
+    expected = np.zeros((16, 24, channels), np.uint8)
+    expected[top : top + inner_h, left : left + inner_w] = 255
+    np.testing.assert_array_equal(picture.array, expected)
+    assert picture.meta["box"] == [0, 0, w, h]
+    assert ("padded" in picture.meta["transforms"]) == ((inner_h, inner_w) != (16, 24))
+    assert "enlarged" not in picture.meta["transforms"]
+
+
+def test_a_padded_small_picture_is_not_touched():
+    stored = noise(5, 7)
+    picture = to_picture(file(Image.fromarray(stored)), size=(9, 8), crop_at=None, background=(1, 2, 3), pad=True)
+    np.testing.assert_array_equal(picture.array[2:7, :7], stored)
+    assert picture.array[:2].reshape(-1, 3).tolist() == [[1, 2, 3]] * 16
+    assert picture.meta["transforms"] == ["padded"]
+
+
 def test_fine_patterns_become_grey():
     board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
     array = to_picture(file(Image.fromarray(board)), size=(32, 32), channels=1).array

@@ -99,6 +99,7 @@ def to_picture(
     crop_at: tuple[float, float] | None = (0.5, 0.5),
     background: tuple[int, int, int] = (255, 255, 255),
     min_size: int = 1,
+    pad: bool = False,
 ) -> Picture:
     """Decode one image file, make it upright and opaque, crop and resize it.
 
@@ -108,8 +109,10 @@ def to_picture(
         channels: 3 for sRGB, 1 for grey.
         crop_at: where the largest window of the target's aspect ratio lies, (x, y) in [0, 1) from left or top to
             right or bottom; (0.5, 0.5) is the centre. None: no crop, so the aspect ratio has to fit.
-        background: RGB laid under transparency.
+        background: RGB laid under transparency, and around a padded picture.
         min_size: refuse pictures whose short side is below this many pixels.
+        pad: with `crop_at=None`, keep the whole picture: reduced to fit if it is larger, never enlarged, centred on
+            the background.
 
     Returns:
         uint8, (H, W, channels); 16-bit pictures are scaled, never clipped.
@@ -140,10 +143,12 @@ def to_picture(
         # Transparency goes before the resize: otherwise hidden colours bleed into the visible ones.
         opaque = _opaque(_to_8_bits(frame, transforms), background, transforms)
         upright = _grey_or_rgb(opaque, channels, transforms)
-        box = _crop_box(full, size, crop_at)
+        box = (0.0, 0.0, *full) if pad else _crop_box(full, size, crop_at)
         if box != (0, 0, *full):
             transforms.append("cropped")
-        array = _resize(upright, size, box, scale, transforms)
+        array = _resize(upright, _fitted(full, size) if pad else size, box, scale, transforms)
+        if array.shape[:2] != size:
+            array = _padded(array, size, background, transforms)
     return Picture(array, {**meta, "box": [round(edge, 3) for edge in box], "transforms": transforms})
 
 
@@ -267,6 +272,24 @@ def _crop_box(
         return (0, 0, w, h)
     left, top = int(crop_at[0] * (int(w - box_w) + 1)), int(crop_at[1] * (int(h - box_h) + 1))
     return (left, top, left + box_w, top + box_h)
+
+
+def _fitted(stored: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the whole picture, reduced to lie within (H, W) if it is larger."""
+    (w, h), (target_h, target_w) = stored, size
+    reduction = max(w / target_w, h / target_h, 1.0)
+    return max(1, round(h / reduction)), max(1, round(w / reduction))
+
+
+def _padded(
+    array: NDArray[np.uint8], size: tuple[int, int], background: tuple[int, int, int], transforms: list[str]
+) -> NDArray[np.uint8]:
+    transforms.append("padded")
+    canvas = Image.new("RGB", size[::-1], background).convert("L" if array.shape[-1] == 1 else "RGB")
+    padded = np.array(canvas).reshape(*size, -1)
+    (h, w), top, left = array.shape[:2], (size[0] - array.shape[0]) // 2, (size[1] - array.shape[1]) // 2
+    padded[top : top + h, left : left + w] = array
+    return padded
 
 
 def encode(array: NDArray[np.uint8], format: ImageFormat) -> bytes:
