@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.data.batches import Batch, Batches, read_all
 from pipeline.data.images import encode
 from pipeline.data.order import Order
-from pipeline.data.shardset import Sample, ShardSet, write_index, write_shard
+from pipeline.data.shardset import Sample, ShardSet, pack, write_index, write_shard
 from pipeline.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -44,7 +44,7 @@ def write_set(url: str, shards: tuple[int, ...] = SHARDS, images: dict[int, byte
             for i in range(number, number + samples)
         ]
         number += samples
-        records.append(write_shard(url, f"set-{shard:06d}", content, dict))
+        records.append(write_shard(url, f"set-{shard:06d}", map(pack, content), dict))
     write_index(url, records, size=SIZE, channels=3, classes=None, source={}, settings={}, counts={})
     return ShardSet.open(url)
 
@@ -230,7 +230,7 @@ def test_grey_pictures_without_labels(tmp_path: Path) -> None:
     record = write_shard(
         str(tmp_path),
         "g-000000",
-        (Sample(f"{i:09d}", encode(x, "png"), "png", None, {}) for i, x in enumerate(grey)),
+        (pack(Sample(f"{i:09d}", encode(x, "png"), "png", None, {})) for i, x in enumerate(grey)),
         dict,
     )
     write_index(str(tmp_path), [record], size=(3, 5), channels=1, classes=None, source={}, settings={}, counts={})

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.integrity import verify
-from pipeline.data.shardset import Sample, ShardSet, key, write_index, write_shard
+from pipeline.data.shardset import Sample, ShardSet, key, pack, write_index, write_shard
 from tests.test_shardset import edit_index, sample, write_set
 
 
@@ -133,7 +133,7 @@ def odd(position: int, **changes: object) -> Sample:
 def test_sets_that_agree_with_their_hashes_but_not_with_the_format_are_found(
     tmp_path: Path, samples: list[Sample], finding: str
 ) -> None:
-    record = write_shard(str(tmp_path), "set-000000", samples, dict)
+    record = write_shard(str(tmp_path), "set-000000", map(pack, samples), dict)
     settings = {"shard_samples": 3}
     write_index(
         str(tmp_path), [record], size=(8, 8), channels=3, classes=["a", "b"], source="", settings=settings, counts={}
@@ -213,7 +213,7 @@ def test_the_forger_alone_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_or_unpacked(tmp_path: Path) -> None:
-    record = write_shard(str(tmp_path / "set"), "set-000000", [odd(0, key="../../escaped")], dict)
+    record = write_shard(str(tmp_path / "set"), "set-000000", [pack(odd(0, key="../../escaped"))], dict)
     write_index(
         str(tmp_path / "set"), [record], size=(8, 8), channels=3, classes=None, source="", settings={}, counts={}
     )

@@ -16,7 +16,7 @@ from webdataset import tariterators
 
 from pipeline import storage
 from pipeline.data.images import EXTENSIONS, encode
-from pipeline.data.shardset import Sample, ShardSet, key, read_record, write_index, write_shard
+from pipeline.data.shardset import Sample, ShardSet, key, pack, read_record, write_index, write_shard
 from pipeline.errors import ConfigError, DataError
 
 
@@ -30,7 +30,9 @@ def write_set(directory: Path, samples: int = 9, shard_samples: int = 3, **optio
     records = []
     for i, first in enumerate(range(0, samples, shard_samples)):
         positions = range(first, min(first + shard_samples, samples))
-        records.append(write_shard(str(directory), f"set-{i:06d}", [sample(p, **options) for p in positions], dict))
+        records.append(
+            write_shard(str(directory), f"set-{i:06d}", [pack(sample(p, **options)) for p in positions], dict)
+        )
     write_index(
         str(directory),
         records,
@@ -99,7 +101,7 @@ def test_samples_larger_than_the_writers_buffer_are_measured_rightly(tmp_path: P
     big = [
         Sample(key(i), bytes([i]) * size, "png", None, {}) for i, size in enumerate([1, 30_000, 511, 512, 10_240, 0])
     ]
-    record = write_shard(str(tmp_path), "s-000000", big, dict)
+    record = write_shard(str(tmp_path), "s-000000", map(pack, big), dict)
     tar = (tmp_path / "s-000000.tar").read_bytes()
     rows = np.load(tmp_path / "s-000000.npy")
     assert record.bytes == len(tar)
@@ -116,7 +118,7 @@ def test_an_empty_shard_is_a_shard(tmp_path: Path) -> None:
 
 def test_a_shard_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
     def failing():
-        yield sample(0)
+        yield pack(sample(0))
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -126,22 +128,22 @@ def test_a_shard_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_shard_written_anew_stays_valid_until_the_new_one_is_complete(tmp_path: Path) -> None:
     def failing():
-        yield from (sample(0), sample(1))
+        yield from map(pack, (sample(0), sample(1)))
         raise RuntimeError
 
     def refusing():
         raise ConfigError("not mine")
 
-    write_shard(str(tmp_path), "s-000000", [sample(0)], dict)
+    write_shard(str(tmp_path), "s-000000", [pack(sample(0))], dict)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for samples, extra, error in ((failing(), dict, RuntimeError), ([sample(1)], refusing, ConfigError)):
+    for samples, extra, error in ((failing(), dict, RuntimeError), ([pack(sample(1))], refusing, ConfigError)):
         with pytest.raises(error):
             write_shard(str(tmp_path), "s-000000", samples, extra)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_shard_made_twice_is_there_all_the_time(tmp_path: Path, monkeypatch) -> None:
-    record = write_shard(str(tmp_path), "s-000000", [sample(0)], dict)
+    record = write_shard(str(tmp_path), "s-000000", [pack(sample(0))], dict)
     replace, looked = os.replace, []
 
     def looking(source, target):
@@ -149,13 +151,13 @@ def test_a_shard_made_twice_is_there_all_the_time(tmp_path: Path, monkeypatch) -
         looked.append(read_record(str(tmp_path), "s-000000"))
 
     monkeypatch.setattr("os.replace", looking)
-    write_shard(str(tmp_path), "s-000000", [sample(0)], dict)
+    write_shard(str(tmp_path), "s-000000", [pack(sample(0))], dict)
     assert looked == [record] * 3
 
 
 @pytest.mark.parametrize("published", ["s-000000.tar", "s-000000.npy"])
 def test_an_old_record_never_vouches_for_new_bytes(tmp_path: Path, monkeypatch, published: str) -> None:
-    write_shard(str(tmp_path), "s-000000", [sample(0)], dict)
+    write_shard(str(tmp_path), "s-000000", [pack(sample(0))], dict)
     replace = os.replace
 
     def killed_after(source, target):
@@ -165,12 +167,12 @@ def test_an_old_record_never_vouches_for_new_bytes(tmp_path: Path, monkeypatch, 
 
     monkeypatch.setattr("os.replace", killed_after)
     with pytest.raises(KeyboardInterrupt):
-        write_shard(str(tmp_path), "s-000000", [sample(0), sample(1)], dict)
+        write_shard(str(tmp_path), "s-000000", [pack(sample(0)), pack(sample(1))], dict)
     assert read_record(str(tmp_path), "s-000000") is None
 
 
 def test_a_shard_counts_once_its_record_is_there_and_fits(tmp_path: Path) -> None:
-    write_shard(str(tmp_path), "s-000000", [sample(0)], lambda: {"seeds": "0-9"})
+    write_shard(str(tmp_path), "s-000000", [pack(sample(0))], lambda: {"seeds": "0-9"})
     record = read_record(str(tmp_path), "s-000000")
     assert record is not None and record.extra == {"seeds": "0-9"}
     tar, files = tmp_path / "s-000000.tar", {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -240,7 +242,7 @@ def test_a_sidecar_is_checked_before_use(tmp_path: Path) -> None:
 def test_sets_live_on_object_stores_too(tmp_path: Path) -> None:
     local = write_set(tmp_path)
     url = "memory://sets/remote"
-    records = [write_shard(url, f"set-{i:06d}", [sample(3 * i + n) for n in range(3)], dict) for i in range(3)]
+    records = [write_shard(url, f"set-{i:06d}", [pack(sample(3 * i + n)) for n in range(3)], dict) for i in range(3)]
     write_index(url, records, size=(8, 8), channels=3, classes=None, source="", settings={}, counts={})
     remote = ShardSet.open(url)
     assert remote.sha256 == local.sha256

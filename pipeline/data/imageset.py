@@ -26,6 +26,7 @@ from pipeline.data.shardset import (
     ShardRecord,
     ShardSet,
     key,
+    pack,
     read_record,
     refuse_foreign,
     write_index,
@@ -129,7 +130,7 @@ def make_shard(reader: Reader, task: Task, go_on: Callable[[], None]) -> ShardRe
         }
         return {"settings": settings.as_json(), "source": task.source, "counts": counts, "rejected": rejected}
 
-    return write_shard(task.out, task.stem, samples(), extra)
+    return write_shard(task.out, task.stem, map(pack, samples()), extra)
 
 
 def _crop_places(crop: Crop, first: int, count: int) -> Sequence[tuple[float, float] | None]:

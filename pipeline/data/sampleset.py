@@ -112,7 +112,7 @@ class SampleSet:
 
         place = storage.join(self.url, f"{stem(i)}.json")
         if self.format == "tar":
-            shardset.write_shard(self.url, stem(i), encoded(), record)
+            shardset.write_shard(self.url, stem(i), map(shardset.pack, encoded()), record)
             return
         if self.format == "png":
             if not storage.exists(place):  # loose pictures might be anybody's: a record says from the start whose

@@ -21,11 +21,10 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset import TarWriter
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
@@ -44,7 +43,6 @@ SIDECAR = np.dtype(
     ]
 )
 _INDEXED = ("name", "bytes", "sha256", "samples", "sidecar_sha256")
-_BLOCK = tarfile.BLOCKSIZE
 _FIX = "run the command that made the set again: it makes only what is missing"
 _REMAKE = "restore it from a copy, or make the set again with --overwrite"
 
@@ -103,33 +101,35 @@ def key(position: int) -> str:
     return f"{position:09d}"
 
 
-class _Measured:
-    """Passes the tar's bytes on to a file, hashing all of them and each sample's.
+class Packed(NamedTuple):
+    """A sample as its bytes in a tar; they do not depend on where in which tar it is."""
 
-    TarWriter buffers across samples, so a sample's bytes arrive after the call that wrote it.
-    """
+    data: bytes
+    """Members with their headers and padding."""
+    crc32: int
+    """Of `data`."""
+    image_offset: int
+    """Of the image's payload in `data`."""
+    image_length: int
+    label: int
+    """-1 for none."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.bytes = 0
-        self.sha256 = hashlib.sha256()
-        self.crc32s: list[int] = []
-        self._file = file
-        self._held = bytearray()
-        self._lengths: list[int] = []
 
-    def write(self, data: bytes) -> int:
-        self._file.write(data)
-        self.sha256.update(data)
-        self.bytes += len(data)
-        self._held += data
-        while len(self.crc32s) < len(self._lengths) and len(self._held) >= self._lengths[len(self.crc32s)]:
-            length = self._lengths[len(self.crc32s)]
-            self.crc32s.append(zlib.crc32(self._held[:length]))
-            del self._held[:length]
-        return len(data)
-
-    def end_sample(self, length: int) -> None:
-        self._lengths.append(length)
+def pack(sample: Sample) -> Packed:
+    """A sample's members as a piece of a tar, in the order of their extensions."""
+    members = {sample.extension: sample.image, "json": json.dumps(sample.meta).encode()}
+    if sample.label is not None:
+        members["cls"] = str(sample.label).encode()
+    data, image_offset = bytearray(), 0
+    for extension, payload in sorted(members.items()):
+        header = tarfile.TarInfo(f"{sample.key}.{extension}")
+        header.size, header.mode = len(payload), 0o444
+        data += header.tobuf(tarfile.USTAR_FORMAT)
+        if extension == sample.extension:
+            image_offset = len(data)
+        data += payload + bytes(-len(payload) % tarfile.BLOCKSIZE)
+    label = -1 if sample.label is None else sample.label
+    return Packed(bytes(data), zlib.crc32(data), image_offset, len(sample.image), label)
 
 
 def refuse_foreign(url: str, ours: re.Pattern[str]) -> None:
@@ -150,7 +150,7 @@ def refuse_foreign(url: str, ours: re.Pattern[str]) -> None:
 
 
 def write_shard(
-    directory: str, stem: str, samples: Iterable[Sample], extra: Callable[[], dict[str, Any]]
+    directory: str, stem: str, samples: Iterable[Packed], extra: Callable[[], dict[str, Any]]
 ) -> ShardRecord:
     """Write one shard: tar, then sidecar, then the record that makes both count.
 
@@ -169,52 +169,34 @@ def write_shard(
         DataError: no space left, or not permitted; no file of this shard is left half-written.
     """
     base = storage.join(directory, stem)
-    rows: list[tuple[int, int, int, int, int]] = []
+    rows: list[tuple[int, ...]] = []
+    digest, size = hashlib.sha256(), 0
     with storage.publishing(f"{base}.tar") as file:
-        measured = _Measured(file)
-        with TarWriter(measured, user="", group="", mode=0o444, encoder=False, mtime=0) as tar:
-            for sample in samples:
-                offset = tar.tarstream.offset
-                members = _members(sample)
-                tar.write({"__key__": sample.key, **members})
-                length = tar.tarstream.offset - offset
-                measured.end_sample(length)
-                image_offset = _BLOCK + sum(_BLOCK + _padded(members[m]) for m in members if m < sample.extension)
-                label = -1 if sample.label is None else sample.label
-                rows.append((offset, length, image_offset, len(sample.image), label))
-        remembered, digest = extra(), measured.sha256.hexdigest()
+        for data, crc32, *place_and_label in samples:
+            file.write(data)
+            digest.update(data)
+            rows.append((size, len(data), crc32, *place_and_label))
+            size += len(data)
+        end = bytes(2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+        file.write(end)
+        digest.update(end)
+        remembered, sha256 = extra(), digest.hexdigest()
         # What a record vouches for is about to be replaced, unless by another process that has just made the same.
-        if storage.exists(f"{base}.json") and ((old := read_record(directory, stem)) is None or old.sha256 != digest):
+        if storage.exists(f"{base}.json") and ((old := read_record(directory, stem)) is None or old.sha256 != sha256):
             storage.remove(f"{base}.json")
-    sidecar = np.zeros(len(rows), SIDECAR)
-    if rows:
-        for field, column in zip(("offset", "length", "image_offset", "image_length", "label"), zip(*rows)):
-            sidecar[field] = column
-        sidecar["crc32"] = measured.crc32s
     buffer = io.BytesIO()
-    np.save(buffer, sidecar, allow_pickle=False)
+    np.save(buffer, np.array(rows, SIDECAR), allow_pickle=False)
     storage.write_bytes(f"{base}.npy", buffer.getvalue())
     record = ShardRecord(
         name=f"{stem}.tar",
-        bytes=measured.bytes,
-        sha256=digest,
+        bytes=size + len(end),
+        sha256=sha256,
         samples=len(rows),
         sidecar_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
         extra=remembered,
     )
     storage.write_json(f"{base}.json", record.entry() | record.extra)
     return record
-
-
-def _members(sample: Sample) -> dict[str, bytes]:
-    members = {sample.extension: sample.image, "json": json.dumps(sample.meta).encode()}
-    if sample.label is not None:
-        members["cls"] = str(sample.label).encode()
-    return members
-
-
-def _padded(payload: bytes) -> int:
-    return -(-len(payload) // _BLOCK) * _BLOCK
 
 
 def read_record(directory: str, stem: str) -> ShardRecord | None:

@@ -21,7 +21,7 @@ import pytest
 from pipeline.data.batches import Batches
 from pipeline.data.images import encode
 from pipeline.data.order import Order
-from pipeline.data.shardset import Sample, ShardSet, write_index, write_shard
+from pipeline.data.shardset import Sample, ShardSet, pack, write_index, write_shard
 from pipeline.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -36,7 +36,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     for shard, samples in enumerate((7, 30, 13)):
         pictures = (encode(np.full((4, 4, 1), i, dtype=np.uint8), "png") for i in range(samples))
         content = [Sample(f"{i:09d}", x, "png", 100 * shard + i, {}) for i, x in enumerate(pictures)]
-        records.append(write_shard(url, f"set-{shard:06d}", content, dict))
+        records.append(write_shard(url, f"set-{shard:06d}", map(pack, content), dict))
     write_index(url, records, size=(4, 4), channels=1, classes=None, source={}, settings={}, counts={})
     return url
 
