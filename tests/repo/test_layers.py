@@ -43,7 +43,7 @@ PURE = {
     "pipeline.data.grid",
     "pipeline.run.learning_rate",
     "pipeline.run.continuity",
-    "pipeline.score.metrics",
+    "pipeline.score.moments",
 } | {name for name in MODULES if name.startswith("pipeline.diffusion")}
 IMPURE = {
     "os", "sys", "pathlib", "time", "datetime", "fsspec", "socket", "subprocess", "random", "shutil", "tempfile",

@@ -1,0 +1,1 @@
+"""How good samples are: pictures to features, features to figures."""
