@@ -242,10 +242,11 @@ class Exploit:
 
 
 def test_no_pickle_of_python_objects_is_run(tmp_path):
-    """Neither a file of torch.save nor one put into TorchScript; NumPy's are refused above."""
     target, saved, good = tmp_path / "exploited", tmp_path / "saved.pt", tmp_path / "good.pt"
     torch.save(Exploit(target), saved)
     assert "no kind that is known" in refused(saved)
+    array = np.array([Exploit(target)], object)
+    assert "something else than tensors" in refused(npz(tmp_path / "net.npz", {"conv1.weight": array}))
     script(good, Means())
     changed = io.BytesIO()
     with zipfile.ZipFile(good) as archive, zipfile.ZipFile(changed, "w") as evil:
