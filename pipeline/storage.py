@@ -95,6 +95,25 @@ def _find(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]
     return {name[len(path) :].lstrip("/"): info for name, info in fs.find(path, detail=True).items()}
 
 
+def info(url: str) -> dict[str, Any]:
+    """What a store says of a remote file: `size`, and what else it knows.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it cannot be read.
+    """
+    return remote.info(url)
+
+
+def glob(pattern: str) -> dict[str, dict[str, Any]]:
+    """What matches a remote pattern: its URL → what the store says of it."""
+    return remote.attempt(pattern, _glob)
+
+
+def _glob(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    return {fs.unstrip_protocol(name): info for name, info in fs.glob(path, detail=True).items()}
+
+
 def size(url: str) -> int:
     """Bytes in a file.
 
@@ -120,14 +139,19 @@ def free_bytes(url: str) -> int | None:
     return status.f_bavail * status.f_frsize if status.f_blocks else None
 
 
-def open_read(url: str, offset: int = 0) -> BinaryIO:
+def open_read(url: str, offset: int = 0, length: int | None = None) -> BinaryIO:
     """Open for reading at a byte offset: a seek locally, range requests remotely, which survive lost connections.
+
+    Args:
+        url: the file.
+        offset: where to begin.
+        length: bytes in the whole file, where they are known: a remote place is not asked for them then.
 
     Raises:
         FileNotFoundError: there is no such file.
         DataError: a remote place that cannot be read; the file itself raises it, too.
     """
-    file = remote.stream(url, size(url)) if is_remote(url) else local(url).open("rb")
+    file = remote.stream(url, size(url) if length is None else length) if is_remote(url) else local(url).open("rb")
     file.seek(offset)
     return file
 

@@ -1,276 +1,219 @@
-"""Folders, zip and tar archives → a sorted list of inputs, and the bytes of each.
+"""Whatever pictures are kept in → one sorted list of inputs, and the bytes of each.
 
-Listing reads names, sizes and times only; a worker then reads inputs by their place, through archives that it opens
-itself. An input is any regular file, hidden or of any extension: what is not a picture shows when it is decoded, and
-is counted there. Nothing is unpacked.
+Listing reads names, sizes and times only, so far as it can; worker processes then read inputs by their place, through
+files that they open themselves. An input is any regular file of a folder or archive, hidden or of any extension: what
+is not a picture shows when it is decoded, and is counted there.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
-import stat
+import struct
 import tarfile
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import BinaryIO, Literal, NamedTuple, Protocol, cast
+from typing import Any
 
 from pipeline import storage
+from pipeline.data import labels as numbering
+from pipeline.data import patterns
+from pipeline.data.folders import Folder, RemoteFolder
 from pipeline.data.images import MAX_BYTES, Rejected
+from pipeline.data.inputs import PICTURES, Input, Inputs, Source
+from pipeline.data.tars import Tar
+from pipeline.data.zips import Zip
 from pipeline.errors import ConfigError, DataError
 
-Labels = Literal["folder", "none"]
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError)
-
-
-class Member(NamedTuple):
-    """One file of one source."""
-
-    path: str
-    """Relative to the source; bytes that are not UTF-8 as surrogate escapes."""
-    size: int
-    """Bytes, unpacked."""
-    stamp: str
-    """Differs if the content does: a time of modification or a checksum; empty where none is to be had."""
-    place: int = 0
-    """Where an archive has it."""
-
-
-class Input(NamedTuple):
-    """One file on its way to becoming a sample; its position in the listing is its identity."""
-
-    name: str
-    """The member's path, after the source's own name if there are several sources."""
-    label: int | None
-    """Class number."""
-    source: int
-    """Number of the source among those given."""
-    member: Member
+Labels = str
+"""`folder`, `none`, or the name of a CSV file."""
+_UNREADABLE = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, NotImplementedError,
+    RuntimeError,
+)  # fmt: skip
+_AT_ONCE = 8192
+_THREADS = 16
+_AHEAD, _AHEAD_BYTES = 2 * _THREADS, 1 << 26
+_READ = (
+    "a folder, .zip, .tar, .tar.gz, .tgz or .tar.zst archive, .parquet table, .npz or .npy array, "
+    "CIFAR batch (.bin, or data_batch_1 and the like), picture file, or a pattern of such"
+)
+_KINDS: dict[str, Callable[[str], Source]] = {".zip": Zip, ".tar": Tar, ".tar.gz": Tar, ".tgz": Tar, ".tar.zst": Tar}
 
 
 @dataclass(frozen=True)
 class Listing:
     """All inputs of a list of sources, sorted by name."""
 
-    inputs: list[Input]
+    inputs: Inputs
     classes: tuple[str, ...] | None
-    """Sorted names of the folders that inputs lie in; None if there are no folders or no labels are wanted."""
+    """Their names, in the order of their numbers; None if there are none or no labels are wanted."""
     fingerprint: str
-    """Hash of all names, sizes and stamps."""
-
-
-class _Source(Protocol):
-    def members(self) -> Iterator[Member]: ...
-
-    def read(self, member: Member) -> bytes: ...
+    """Hash of all names, sizes, stamps and labels."""
+    bytes: int
+    """Sum of the known sizes."""
+    sources: list[Source]
+    """For `Reader`; they may be pickled, and are to be kept while there is one."""
+    rows_without_input: int = 0
+    """Of a CSV file of labels."""
 
 
 def list_inputs(urls: Sequence[str], labels: Labels = "folder", go_on: Callable[[], None] = lambda: None) -> Listing:
-    """List every file of every source.
+    """List every input of every source.
 
     Args:
-        urls: folders, .zip, .tar, .tar.gz; local or fsspec URLs, mixed at will.
-        labels: `folder` makes the name of the folder that a file lies in, inside its source, its class.
-        go_on: called after each file; may raise.
+        urls: as `open_source` reads them, local or fsspec URLs, mixed at will; patterns with `*`, `?`, `[…]`, `**` and
+            lists such as `{000..099}`.
+        labels: `folder` makes the name of the folder that a file lies in, inside its source, its class; sources with
+            labels of their own keep those. A CSV file names a class for each file.
+        go_on: called now and then; may raise.
 
     Raises:
-        ConfigError: a source is missing, or of a kind that is not read.
-        DataError: a source is damaged or cannot be listed, or there is not one file in all of them.
+        ConfigError: a source is missing, or of a kind that is not read, or the CSV file does not fit.
+        DataError: a source is damaged or cannot be listed, or there is not one input in all of them.
     """
-    found: list[tuple[str, int, Member]] = []
-    for number, url in enumerate(urls):
-        # Two sources may hold equal paths; the source's name keeps them apart for people, its number for us.
-        prefix = url.rstrip("/").rsplit("/", 1)[-1] + "/" if len(urls) > 1 else ""
-        for member in _open(url).members():
-            found.append((prefix + member.path, number, member))
-            go_on()
-    if not found:
+    table = None if labels in ("folder", "none") else numbering.Table(labels)
+    sources = _sources(urls)
+    found = [source.entries(labels == "folder", go_on) for source in sources]
+    if not any(entries.paths for entries in found):
         raise DataError(f"{', '.join(urls)}: not a single file in it: give a folder or archive that holds pictures")
-    found.sort(key=lambda item: item[:2])
-    folders = {_folder(member.path) for _, _, member in found} - {None} if labels == "folder" else set()
-    classes = tuple(sorted(cast(set[str], folders)))
-    numbers = {name: number for number, name in enumerate(classes)}
-    inputs = [Input(name, numbers.get(_folder(member.path) or ""), number, member) for name, number, member in found]
-    return Listing(inputs, classes or None, _fingerprint(inputs))
+    # Two sources may hold equal paths; the source's name keeps them apart for people, its number for us.
+    prefixes = [source.name + "/" if len(sources) > 1 else "" for source in sources]
+    classes, rest = None, 0
+    if table is not None:
+        numbers, classes, rest = table.labels(prefixes, found)
+    elif labels == "folder":
+        numbers, classes = numbering.join(found)
+    else:
+        numbers = numbering.none(found)
+    inputs = Inputs(prefixes, found, numbers)
+    return Listing(inputs, classes, _fingerprint(inputs, classes), int(inputs.sizes.sum()), sources, rest)
 
 
-def _folder(path: str) -> str | None:
-    parts = path.split("/")
-    return parts[-2] if len(parts) > 1 else None
-
-
-def _fingerprint(inputs: Iterable[Input]) -> str:
-    digest = hashlib.sha256()
-    for name, _, _, member in inputs:
-        digest.update(f"{name}\0{member.size}\0{member.stamp}\n".encode("utf-8", "surrogatepass"))
+def _fingerprint(inputs: Inputs, classes: Iterable[str] | None) -> str:
+    digest = hashlib.sha256("\n".join(classes or ()).encode("utf-8", "surrogatepass"))
+    for first in range(0, len(inputs), _AT_ONCE):
+        piece = slice(first, first + _AT_ONCE)
+        digest.update("\n".join(inputs.names[piece]).encode("utf-8", "surrogatepass"))
+        for column in (inputs.sizes, inputs.stamps, inputs.labels):
+            digest.update(column[piece].tobytes())
     return digest.hexdigest()
 
 
 class Reader:
-    """Reads inputs by their place; one in each process, since open archives do not survive a fork."""
+    """Reads inputs by their place; one in each process and thread, as the sources' open files are its own.
 
-    def __init__(self, urls: Sequence[str]) -> None:
-        self._urls = urls
+    Args:
+        sources: of the listing.
+    """
 
-    @cached_property
-    def _sources(self) -> list[_Source]:
-        return [_open(url) for url in self._urls]
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
 
     def read(self, item: Input) -> bytes:
-        """The bytes of an input.
+        """An image file's bytes.
 
         Raises:
             Rejected: unreadable, too_many_bytes or source_changed.
-            DataError: its whole archive cannot be read.
+            DataError: its store cannot be reached.
         """
-        if item.member.size > MAX_BYTES:
-            raise Rejected("too_many_bytes", f"{item.member.size} bytes, the limit is {MAX_BYTES}")
+        if item.size > MAX_BYTES:
+            raise Rejected("too_many_bytes", f"{item.size} bytes, the limit is {MAX_BYTES}")
         try:
-            data = self._sources[item.source].read(item.member)
+            return self._sources[item.source].read(item)
         except FileNotFoundError as error:
             raise Rejected("source_changed", "removed since it was listed, or a link to nowhere") from error
-        except (*_DAMAGED, RuntimeError) as error:  # RuntimeError: an encrypted member of a zip
+        except _UNREADABLE as error:
             raise Rejected("unreadable") from error
-        if len(data) != item.member.size:
-            raise Rejected("source_changed", f"{len(data)} bytes, listed with {item.member.size}")
-        return data
+
+    def read_ahead(self, items: Sequence[Input]) -> Iterator[bytes | Rejected]:
+        """The bytes of inputs, or why there are none, in order; the next are read meanwhile.
+
+        Not more than 32 inputs or about 64 MiB are held. Nothing else may be read before the end.
+
+        Raises:
+            DataError: as `read`.
+        """
+        parallel = all(self._sources[item.source].parallel for item in items)
+        waiting: deque[tuple[Future[bytes | Rejected], int]] = deque()
+        held = 0
+        pool = ThreadPoolExecutor(_THREADS if parallel else 1)
+        try:
+            for item in items:
+                while waiting and (len(waiting) >= _AHEAD or held + item.size > _AHEAD_BYTES):
+                    future, size = waiting.popleft()
+                    held -= size
+                    yield future.result()
+                waiting.append((pool.submit(self._verdict, item), item.size))
+                held += item.size
+            while waiting:
+                yield waiting.popleft()[0].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _verdict(self, item: Input) -> bytes | Rejected:
+        try:
+            return self.read(item)
+        except Rejected as verdict:
+            return verdict
 
 
-def _open(url: str) -> _Source:
+def _sources(urls: Sequence[str]) -> list[Source]:
+    """What the names stand for; the pictures of a pattern are one source, those that are named one by one another."""
+    sources: list[Source] = []
+    pictures: dict[str, Any] = {}
+    for url in urls:
+        if not patterns.is_pattern(url):
+            if (source := _open(url)) is not None:
+                sources.append(source)
+            elif url.lower().rpartition(".")[2] in PICTURES:
+                pictures[url] = storage.info(url) if storage.is_remote(url) else None
+            else:
+                raise ConfigError(f"{url} is not of a kind that is read: give {_READ}")
+            continue
+        files = {}
+        for place, info in patterns.matches(url).items():
+            if (source := _open(place)) is not None:
+                sources.append(source)
+            else:
+                files[place] = info
+        if files:
+            sources.append(_pictures(patterns.root(url), files))
+    return sources + _named_one_by_one(pictures)
+
+
+def _named_one_by_one(pictures: dict[str, Any]) -> list[Source]:
+    """One source for each store; a shell has spelt out a pattern, perhaps, so folders in common are left out."""
+    stores: dict[str, dict[str, Any]] = {}
+    for url, info in pictures.items():
+        if storage.is_remote(url):
+            stores.setdefault("/".join(url.split("/", 3)[:3]), {})[url] = info
+        else:
+            stores.setdefault("", {})[os.path.abspath(storage.local(url))] = info
+    return [_pictures(_common(list(files)), files) for files in stores.values()]
+
+
+def _common(places: list[str]) -> str:
+    """The innermost folder of all these files."""
+    # Of letters, and then of whole names: `commonpath` takes the second slash out of a URL.
+    return os.path.commonprefix([place.rpartition("/")[0] + "/" for place in places]).rpartition("/")[0]  # noqa: RUF071
+
+
+def _pictures(root: str, files: dict[str, Any]) -> Source:
+    if storage.is_remote(next(iter(files))):
+        return RemoteFolder(root, {place[len(root) :].lstrip("/"): info for place, info in files.items()})
+    place = str(storage.local(root))
+    return Folder(place, [os.path.relpath(storage.local(file), place) for file in files])
+
+
+def _open(url: str) -> Source | None:
+    """A folder, archive, table or array; None for a file that is no more than one input."""
     if storage.is_dir(url):
-        return _RemoteFolder(url) if storage.is_remote(url) else _Folder(url)
+        return RemoteFolder(url) if storage.is_remote(url) else Folder(url)
     if not storage.exists(url):
         raise ConfigError(f"{url}: no such file or folder: check the name")
-    if url.endswith(".zip"):
-        return _Zip(url)
-    if url.endswith((".tar", ".tar.gz", ".tgz")):
-        return _Tar(url)
-    raise ConfigError(f"{url} is neither a folder nor a .zip, .tar or .tar.gz file: give one of these")
-
-
-class _Folder:
-    """A local folder, recursively; links are followed, except into a folder above."""
-
-    def __init__(self, url: str) -> None:
-        self._root = str(storage.local(url))
-
-    def members(self) -> Iterator[Member]:
-        return self._walk("", ())
-
-    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Member]:
-        place = os.path.join(self._root, folder)
-        try:
-            here = os.stat(place)
-            entries = list(os.scandir(place))
-        except OSError as error:
-            raise DataError(f"{place} cannot be listed ({error.strerror}): give read permission or move it") from error
-        if (here.st_dev, here.st_ino) in above:
-            return
-        for entry in entries:
-            path = folder + entry.name
-            try:
-                status = entry.stat()
-            except OSError:  # a link to nowhere was meant to be a file: it ends as rejected, not as nothing
-                yield Member(path, 0, "")
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                yield from self._walk(f"{path}/", (*above, (here.st_dev, here.st_ino)))
-            elif stat.S_ISREG(status.st_mode):
-                yield Member(path, status.st_size, str(status.st_mtime_ns))
-
-    def read(self, member: Member) -> bytes:
-        with open(os.path.join(self._root, member.path), "rb") as file:
-            if str(os.fstat(file.fileno()).st_mtime_ns) != member.stamp:
-                raise Rejected("source_changed", "written to since it was listed")
-            return file.read(member.size + 1)
-
-
-class _RemoteFolder:
-    """Everything under an fsspec URL."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
-
-    def members(self) -> Iterator[Member]:
-        for path, info in storage.find(self._url).items():
-            stamp = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified") if info.get(key)), "")
-            yield Member(path, int(info["size"] or 0), str(stamp))
-
-    def read(self, member: Member) -> bytes:
-        return storage.read_bytes(storage.join(self._url, member.path))
-
-
-class _Zip:
-    """A zip archive; `place` counts its directory's entries, as names may repeat."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    @cached_property
-    def _archive(self) -> zipfile.ZipFile:
-        try:
-            return zipfile.ZipFile(storage.open_read(self._url))
-        except _DAMAGED as error:
-            raise DataError(f"{self._url} cannot be read as a zip archive ({error}): copy or make it again") from error
-
-    def members(self) -> Iterator[Member]:
-        for place, entry in enumerate(self._archive.infolist()):
-            if not entry.is_dir():
-                yield Member(_plain(entry.filename), entry.file_size, f"{entry.CRC:08x}", place)
-
-    def read(self, member: Member) -> bytes:
-        return self._archive.read(self._archive.infolist()[member.place])
-
-
-class _Tar:
-    """A tar archive, plain or gzipped; `place` is the offset of a member's bytes.
-
-    A gzipped one has no random access: each worker unpacks it once, if its members are in the order of their names.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    @cached_property
-    def _stream(self) -> BinaryIO:
-        file = storage.open_read(self._url)
-        return file if self._url.endswith(".tar") else cast(BinaryIO, gzip.GzipFile(fileobj=file))
-
-    def members(self) -> Iterator[Member]:
-        try:
-            yield from self._scan()
-        except _DAMAGED as error:
-            raise DataError(f"{self._url} cannot be read as a tar archive ({error}): copy or make it again") from error
-
-    def _scan(self) -> Iterator[Member]:
-        files: dict[str, Member] = {}
-        with tarfile.open(fileobj=self._stream, mode="r:") as archive:
-            while (entry := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep every header
-                if entry.isreg():
-                    member = Member(_plain(entry.name), entry.size, str(entry.mtime), entry.offset_data)
-                    files[entry.name] = member
-                    yield member
-                elif entry.islnk() and entry.linkname in files:  # a second name of a file, stored once
-                    yield files[entry.linkname]._replace(path=_plain(entry.name))
-            self._stream.seek(archive.offset)
-            # Where a tar is cut on a block's edge, or a header is damaged or zeroed, tar readers see its end.
-            rest = self._stream.read(tarfile.BLOCKSIZE)
-            if len(rest) < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("no end-of-archive mark: cut short")
-            while rest:
-                if rest.strip(b"\0"):
-                    raise tarfile.ReadError(f"it ends at byte {archive.offset}, but more follows: damaged or joined")
-                rest = self._stream.read(1 << 20)
-
-    def read(self, member: Member) -> bytes:
-        self._stream.seek(member.place)
-        return self._stream.read(member.size)
-
-
-def _plain(path: str) -> str:
-    return path.removeprefix("./")
+    return next((kind(url) for ending, kind in _KINDS.items() if url.endswith(ending)), None)
