@@ -19,6 +19,7 @@ def test_statistics_come_back_bit_for_bit(tmp_path):
     assert found.count == 9
     assert np.array_equal(found.mean, MOMENTS.mean) and np.array_equal(found.covariance, MOMENTS.covariance)
     assert found.covariance.dtype == np.float64
+    assert reference.parse(reference.place(str(tmp_path), IDENTITY.features_sha256))[0] == IDENTITY
 
 
 def test_equal_statistics_are_equal_bytes(tmp_path):

@@ -12,8 +12,8 @@ Two kinds, told apart by what is in the file, not by its name:
 program in the file is run, though: take it from somebody you trust.
 
 A distance says which network it was measured with; only with the Inception of Heusel et al. 2017 is it called FID.
-Features are float32 without TF32. For one file, batch size, machine and number of threads they are the same bits on a
-CPU; otherwise the last digits differ.
+Features are float32 without TF32. On a CPU they are the same bits for the same batches, machine, number of threads and
+torch; otherwise the last digits may differ, which moves a distance by some 1e-8 of itself.
 """
 
 from __future__ import annotations

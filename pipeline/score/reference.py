@@ -38,6 +38,7 @@ class Identity:
     """(height, width), px."""
 
 
+_REMAKE = "run the `ddpm shard` command of the set again, with --features"
 _OTHER = {
     "features_sha256": "another feature file",
     "preprocessing": "pictures that were brought to the network in another way",
@@ -79,18 +80,7 @@ def read(directory: str, identity: Identity) -> Moments:
         DataError: they are of something else, or damaged.
     """
     url = place(directory, identity.features_sha256)
-    data = storage.read_bytes(url)
-    try:
-        arrays = safetensors.numpy.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        known: dict[str, Any] = json.loads(header["__metadata__"]["reference"])
-        digest = known.pop("sha256")
-        moments = Moments(known["count"], arrays["mean"], arrays["covariance"])
-        found = Identity(**{name: known[name] for name in _OTHER} | {"size": tuple(known["size"])})
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{url} is not a file of reference statistics ({error!r}): {_REMAKE}") from error
-    if digest != _digest(known, moments):
-        raise DataError(f"{url} does not have the sha256 it was written with: damaged; {_REMAKE}")
+    found, moments = parse(url)
     for name, what in _OTHER.items():
         there, here = getattr(found, name), getattr(identity, name)
         if there != here:
@@ -98,7 +88,26 @@ def read(directory: str, identity: Identity) -> Moments:
     return moments
 
 
-_REMAKE = "remove it, then run the `ddpm shard` command of the set again with these --features"
+def parse(url: str) -> tuple[Identity, Moments]:
+    """What a file of statistics is of, and the statistics.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: it is damaged, or another kind of file.
+    """
+    data = storage.read_bytes(url)
+    try:
+        arrays = safetensors.numpy.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        known: dict[str, Any] = json.loads(header["__metadata__"]["reference"])
+        digest = known.pop("sha256")
+        moments = Moments(known["count"], arrays["mean"], arrays["covariance"])
+        identity = Identity(**{name: known[name] for name in _OTHER} | {"size": tuple(known["size"])})
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{url} is not a file of reference statistics ({error!r}): {_REMAKE}") from error
+    if digest != _digest(known, moments):
+        raise DataError(f"{url} does not have the sha256 it was written with: damaged; {_REMAKE}")
+    return identity, moments
 
 
 def _digest(known: dict[str, Any], moments: Moments) -> str:
