@@ -8,7 +8,7 @@ Two kinds, told apart by what is in the file, not by its name:
 - TorchScript, such as NVIDIA's `inception-2015-12-05.pt`, called with float RGB pictures of values 0 to 255, and with
   `return_features=True` if it knows that argument. Whether it resizes is its own affair; NVIDIA's does, to 299 px.
 
-`torch.jit.load` makes TorchScript's own types and tensors only; a pickle of Python objects is refused unread. The
+`torch.jit.load` makes TorchScript's own types and tensors only; a pickle of other Python objects is refused. The
 program in the file is run, though: take it from somebody you trust.
 
 A distance says which network it was measured with; only with the Inception of Heusel et al. 2017 is it called FID.
