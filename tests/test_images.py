@@ -10,8 +10,10 @@ import zlib
 
 import numpy as np
 import pytest
+import pyvips
 from PIL import Image, ImageDraw
 
+from benchmarks.messy import by_libvips, in_full
 from pipeline.data import images
 from pipeline.data.images import REASONS, Rejected, decode, encode, to_picture
 
@@ -240,6 +242,111 @@ def test_grey_and_colour_convert_into_each_other():
     assert np.abs(to_picture(file(Image.fromarray(colour)), size=(8, 8), channels=1).array[..., 0] - luma).max() <= 1
 
 
+def without_adobe_marker(jpeg: bytes) -> bytes:
+    at = jpeg.index(b"\xff\xee\x00\x0eAdobe")
+    return jpeg[:at] + jpeg[at + 16 :]
+
+
+def ycck(jpeg: bytes) -> bytes:
+    """The same file, whose first three channels are now to be read as Y, Cb and Cr."""
+    at = jpeg.index(b"\xff\xee\x00\x0eAdobe") + 15
+    return jpeg[:at] + b"\x02" + jpeg[at + 1 :]
+
+
+def test_cmyk_jpegs_are_inverted_only_where_adobe_made_them():
+    adobe = file(Image.new("CMYK", (16, 16), (200, 20, 0, 0)), "JPEG", quality=98)
+    colour = to_picture(adobe, size=(16, 16)).array[0, 0].astype(int)
+    assert np.abs(colour - [55, 235, 255]).max() <= 3
+    plain = to_picture(without_adobe_marker(adobe), size=(16, 16)).array
+    assert plain.max() <= 3  # stored as 55, 235, 255, 255: with so much black it is black
+
+
+def tiff(rows: bytes, w: int, h: int, *, bits: int, photometric: int = 1, tile: tuple[int, int] | None = None) -> bytes:
+    tags = {256: w, 257: h, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: h, 279: len(rows)}
+    if tile:
+        tags = {**tags, 322: tile[0], 323: tile[1], 324: 8, 325: len(rows)}
+    entries = b"".join(struct.pack("<HHII", number, 4, 1, value) for number, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_12_bits_and_white_at_zero_are_scaled_too():
+    assert to_picture(tiff(b"\xff\xf8\x00" * 32, 8, 8, bits=12), size=(8, 8)).array[0, :2, 0].tolist() == [255, 128]
+    values = np.linspace(0, 65535, 64).astype("<u2")
+    inverse = to_picture(tiff(values.tobytes(), 8, 8, bits=16, photometric=0), size=(8, 8)).array
+    np.testing.assert_array_equal(inverse[..., 0].reshape(-1), 255 - np.round(values / 257).astype(np.uint8))
+
+
+def vips_profile(name: str) -> bytes:
+    bands, meaning = (4, "cmyk") if name == "cmyk" else (3, "srgb")
+    image = pyvips.Image.black(1, 1, bands=bands).copy(interpretation=meaning)
+    return image.icc_import(input_profile=name).icc_export(output_profile=name).get("icc-profile-data")
+
+
+def corpus() -> dict[str, bytes]:
+    """Each mode, depth and way to store colour that is at hand, as a file of its own."""
+    picture = photo(90, 120)
+    alpha = Image.fromarray(np.tile(np.linspace(0, 255, 120).astype(np.uint8), (90, 1)))
+    see_through = picture.copy()
+    see_through.putalpha(alpha)
+    palette = picture.quantize(64)
+    deep = (np.asarray(see_through).astype(np.uint32) * 257 % 65536).astype(">u2")
+    grey = picture.convert("L")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cmyk = file(picture.convert("CMYK"), "JPEG", quality=95, icc_profile=vips_profile("cmyk"))
+    return {
+        "1": file(picture.convert("1")),
+        "L": file(grey),
+        "LA": file(see_through.convert("LA")),
+        "P": file(palette),
+        "P key": file(palette, transparency=3),
+        "P table": file(palette, transparency=bytes(range(0, 256, 4))),
+        "L key": file(grey, transparency=200),
+        "RGBA": file(see_through),
+        "grey 4 bits, key": png(bytes(range(64)) * 8, 32, 32, depth=4, colour=0, chunks=[(b"tRNS", b"\0\x05")]),
+        "grey 2 bits, key": png(bytes(range(128)) * 2, 32, 32, depth=2, colour=0, chunks=[(b"tRNS", b"\0\2")]),
+        "grey 1 bit, key": png(bytes(range(128)), 32, 32, depth=1, colour=0, chunks=[(b"tRNS", b"\0\0")]),
+        "grey 16 bits": png(deep[..., 0].tobytes(), 120, 90, depth=16, colour=0),
+        "grey, alpha 16 bits": png(deep[..., 2:].tobytes(), 120, 90, depth=16, colour=4),
+        "RGB 16 bits": png(deep[..., :3].tobytes(), 120, 90, depth=16, colour=2),
+        "RGBA 16 bits": png(deep.tobytes(), 120, 90, depth=16, colour=6),
+        "rotated JPEG": file(picture, "JPEG", quality=95, exif=exif),
+        "progressive JPEG": file(picture, "JPEG", quality=80, progressive=True),
+        "grey JPEG": file(grey, "JPEG"),
+        "CMYK JPEG": cmyk,
+        "YCCK JPEG": ycck(cmyk),
+        "CMYK TIFF": file(picture.convert("CMYK"), "TIFF", icc_profile=vips_profile("cmyk")),
+        "Display P3": file(picture, icc_profile=vips_profile("p3")),
+        "Display P3, palette and alpha": file(palette, transparency=3, icc_profile=vips_profile("p3")),
+        "Display P3 JPEG": file(picture, "JPEG", quality=95, icc_profile=vips_profile("p3")),
+        "sRGB": file(picture, icc_profile=vips_profile("srgb")),
+        "a profile for other colours": file(grey, icc_profile=vips_profile("p3")),
+        "a damaged profile": file(picture, icc_profile=vips_profile("p3")[:300]),
+        "GIF": file(picture, "GIF"),
+        "WebP": file(see_through, "WEBP", lossless=True),
+        "TIFF, LZW": file(picture, "TIFF", compression="tiff_lzw"),
+    }
+
+
+def test_colours_are_those_that_an_independent_decoder_sees():
+    for name, data in corpus().items():
+        ours, theirs = in_full(data).array, by_libvips(data)
+        assert ours.shape == theirs.shape, name
+        difference = np.abs(ours.astype(int) - theirs)
+        assert difference.max() <= 3 and difference.mean() <= 1, (name, difference.max(), difference.mean())
+
+
+def test_an_srgb_profile_changes_no_pixel_and_a_damaged_one_is_ignored():
+    stored = noise(9, 9)
+    for profile in (vips_profile("srgb"), vips_profile("p3")[:200], b"no profile"):
+        picture = to_picture(file(Image.fromarray(stored), icc_profile=profile), size=(9, 9))
+        np.testing.assert_array_equal(picture.array, stored)
+        assert picture.meta["transforms"] == []
+    wide = to_picture(file(Image.fromarray(stored), icc_profile=vips_profile("p3")), size=(9, 9))
+    assert wide.meta["transforms"] == ["icc_to_srgb"]
+    assert np.abs(wide.array.astype(int) - stored).max() > 20
+
+
 def test_palettes_are_mixed_as_colours_not_as_indices():
     image = Image.new("P", (64, 64))
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])  # red, green, blue
@@ -259,6 +366,30 @@ def test_animations_give_their_first_frame(format):
     assert "first_frame" in picture.meta["transforms"]
 
 
+def test_what_the_first_frame_of_a_gif_leaves_open_is_transparent():
+    data = bytearray(file(Image.new("RGB", (4, 4), (255, 0, 0)), "GIF"))
+    data[6:10] = struct.pack("<HH", 8, 4)  # the canvas; the frame stays 4x4
+    array = to_picture(bytes(data), size=(4, 8), background=(0, 0, 255)).array
+    assert array[0, 0].tolist() == [255, 0, 0]
+    np.testing.assert_array_equal(array[:, 4:], np.broadcast_to([0, 0, 255], (4, 4, 3)))
+
+
+def test_a_damaged_second_frame_does_not_cost_the_first():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = file(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    second = data.index(b",", data.index(b",") + 1)
+    assert to_picture(data[: second + 5], size=(8, 8)).array[0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_lossless_jpeg_is_decoded_at_full_scale():
+    head = b"\xff\xd8\xff\xc3\0\x0b\x08" + struct.pack(">HH", 64, 64) + b"\1\1\x11\0"
+    table = b"\xff\xc4\0\x14\0\1" + bytes(15) + b"\0"  # one code, of one bit: no difference
+    scan = b"\xff\xda\0\x08\1\1\0\1\0\0"  # predicted by the pixel to the left; the first one by 128
+    picture = to_picture(head + table + scan + bytes(64 * 64 // 8) + b"\xff\xd9", size=(8, 8))
+    assert (picture.array == 128).all()
+    assert "decoded_reduced" not in picture.meta["transforms"]
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP"])
 def test_files_that_end_early_are_truncated(format):
     data = file(Image.fromarray(noise(64, 64)), format)
@@ -269,6 +400,7 @@ def test_what_is_not_a_picture_has_a_reason(monkeypatch):
     assert reason(b"") == "empty"
     assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "not_an_image"
     assert reason(b"not a picture" * 100) == "not_an_image"
+    assert reason(b"\x89PNG\r\n\x1a\n" + b"not a picture" * 100) == "damaged"
     assert reason(file(Image.new("RGB", (8, 20))), min_size=9) == "too_small"
     monkeypatch.setattr(images, "MAX_BYTES", 100)
     assert reason(bytes(101)) == "too_many_bytes"
@@ -279,6 +411,14 @@ def test_bombs_are_refused_by_their_header():
     for side in (8001, 40_000):  # Pillow itself refuses the second, and only warns of the first
         assert reason(bomb(side)) == "too_many_pixels"
     assert time.monotonic() - started < 0.5
+
+
+def test_large_tiles_and_many_scans_are_refused_by_their_header(monkeypatch):
+    assert reason(tiff(bytes(64), 8, 8, bits=8, tile=(30_000, 30_000))) == "too_many_pixels"
+    progressive = file(photo(120, 120), "JPEG", progressive=True)
+    monkeypatch.setattr(images, "_MAX_SCANNED", 5 * 120 * 120)  # ten scans are usual
+    assert reason(progressive) == "too_many_pixels"
+    to_picture(file(photo(120, 120), "JPEG"), size=(8, 8))
 
 
 def bomb(side: int) -> bytes:
@@ -302,10 +442,18 @@ def test_a_reduced_jpeg_decode_is_not_visible(h, w, size):
     assert slow.meta["box"] == fast.meta["box"]
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "AVIF", "JPEG2000"])
+def test_no_cut_goes_unnoticed(format):
+    data = file(photo(90, 120), format)
+    for end in range(0, len(data) - 64, max(1, len(data) // 100)):
+        assert reason(data[:end]) in ("empty", "not_an_image", "truncated", "damaged")
+
+
 def test_any_bytes_end_as_a_picture_or_a_reason():
     rng = random.Random(0)
     picture = Image.fromarray(noise(24, 24))
     formats = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "TGA", "PCX", "PPM", "ICO", "DDS", "SGI", "JPEG2000", "QOI"]
+    formats += ["AVIF"]
     sound = [file(picture, format) for format in formats if format in Image.SAVE]
     for trial in range(600):
         data = bytearray(sound[trial % len(sound)])

@@ -1,8 +1,8 @@
 """Image file bytes → one clean picture, or `Rejected(reason)`; pure.
 
 H, W: height and width of the result; h, w: those of the stored picture. Arrays are uint8, (H, W, C), row 0 on top.
-The order of the steps is part of the promise: header checks, decode (first frame), EXIF rotation, transparency over the
-background, colour or grey, crop to the target's aspect ratio, one antialiased resize. Nothing is ever squashed.
+The order of the steps is part of the promise: header checks, decode (first frame), EXIF rotation, the file's colours to
+opaque sRGB or grey (`colour.py`), crop to the target's aspect ratio, one antialiased resize. Nothing is ever squashed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from pipeline.data import colour
+
 ImageFormat = Literal["png", "jpeg", "webp"]
 
-PREPROCESSING = 1
+PREPROCESSING = 2
 """Raised whenever the same settings may give other pixels than before; part of a shard set's settings."""
 
 REASONS = {
@@ -48,16 +50,21 @@ EXTENSIONS: dict[ImageFormat, str] = {"png": "png", "jpeg": "jpg", "webp": "webp
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 28
+_MAX_SCANNED = 20 * MAX_PIXELS  # a progressive JPEG goes over its pixels once a scan, and 10 bytes are a scan
 
 Image.init()
 # Left out: formats whose decoders start other programs (EPS, WMF), and those that no collection of pictures is kept in.
+# The likely ones come first; TGA, which has no magic number, last.
 _READ = [
     name
     for name in (
-        "AVIF BMP DDS DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP".split()  # noqa: SIM905
+        "JPEG MPO PNG WEBP GIF TIFF AVIF BMP DDS DIB ICO JPEG2000 PCX PPM PSD QOI SGI TGA".split()  # noqa: SIM905
     )
     if name in Image.OPEN
 ]
+_GREY_LEVEL = {"1": 255, "L;2": 85, "L;4": 17}
+"""Of one step in a PNG of so few bits."""
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -125,24 +132,22 @@ def to_picture(
     if len(data) > MAX_BYTES:
         raise Rejected("too_many_bytes", f"{len(data)} bytes, the limit is {MAX_BYTES}")
     transforms: list[str] = []
-    with _verdicts():
+    with _verdicts(data):
         image = Image.open(io.BytesIO(data), formats=_READ)
         w, h = image.size
         meta = {"format": image.format, "mode": image.mode, "original_size": [h, w]}
-        if w * h > MAX_PIXELS:
-            raise Rejected("too_many_pixels", f"{w}x{h}, the limit is {MAX_PIXELS} pixels")
+        _refuse_costly(image, data)
         if min(w, h) < min_size:
             raise Rejected("too_small", f"{w}x{h}, --min-size is {min_size}")
-        frame, scale = _first_frame(image, size, transforms)
+        frame, scale = _first_frame(image, data, size, transforms)
         full = frame.size if scale == 1 else (w, h)
         turn = _UPRIGHT.get(_orientation(frame))
         if turn is not None:
             transforms.append("rotated")
             frame = frame.transpose(turn)
             full = full[::-1] if turn in _SIDEWAYS else full
-        # Transparency goes before the resize: otherwise hidden colours bleed into the visible ones.
-        opaque = _opaque(_to_8_bits(frame, transforms), background, transforms)
-        upright = _grey_or_rgb(opaque, channels, transforms)
+        # Before the resize: otherwise hidden colours bleed into the visible ones, and indices are mixed.
+        upright = colour.flattened(frame, channels, background, transforms)
         box = (0.0, 0.0, *full) if pad else _crop_box(full, size, crop_at)
         if box != (0, 0, *full):
             transforms.append("cropped")
@@ -153,7 +158,7 @@ def to_picture(
 
 
 @contextmanager
-def _verdicts() -> Iterator[None]:
+def _verdicts(data: bytes) -> Iterator[None]:
     """Whatever Pillow raises becomes a reason; what it warns of (damaged EXIF and the like) is not said."""
     try:
         with warnings.catch_warnings():
@@ -162,29 +167,72 @@ def _verdicts() -> Iterator[None]:
     except Rejected:
         raise
     except UnidentifiedImageError as error:
+        if any(accept and accept(data[:16]) is True for _, accept in map(Image.OPEN.__getitem__, _READ)):
+            raise Rejected("damaged", "no sound header, or a variant that is not read") from error
         raise Rejected("not_an_image") from error
+    except colour.UnknownWhiteError as error:
+        raise Rejected("unsupported_depth", str(error)) from error
     except Image.DecompressionBombError as error:
         raise Rejected("too_many_pixels", f"the limit is {MAX_PIXELS} pixels") from error
     except Exception as error:
         text = str(error).lower()
         short = "truncated" in text or "not enough image data" in text or isinstance(error, EOFError)
-        raise Rejected("truncated" if short else "damaged") from error
+        raise Rejected("truncated" if short else "damaged", str(error)) from error
 
 
-def _first_frame(image: ImageFile.ImageFile, size: tuple[int, int], transforms: list[str]) -> tuple[Image.Image, float]:
+def _refuse_costly(image: ImageFile.ImageFile, data: bytes) -> None:
+    """By the header: what small files can use gigabytes or minutes for."""
+    w, h = image.size
+    tags = getattr(image, "tag_v2", {})
+    tile_w, tile_h = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)
+    for width, height in ((w, h), (tile_w, tile_h)):
+        if width * height > MAX_PIXELS:
+            raise Rejected("too_many_pixels", f"{width}x{height}, the limit is {MAX_PIXELS} pixels")
+    if image.info.get("progressive") and (scans := data.count(b"\xff\xda")) * w * h > _MAX_SCANNED:
+        raise Rejected("too_many_pixels", f"{scans} scans of {w}x{h}, the limit is {_MAX_SCANNED} pixels")
+
+
+def _first_frame(
+    image: ImageFile.ImageFile, data: bytes, size: tuple[int, int], transforms: list[str]
+) -> tuple[Image.Image, float]:
     """The decoded image, and how many stored pixels one of its pixels stands for, along each side."""
     w, h = image.size
     # A JPEG decodes several times faster at half, quarter or eighth scale; twice the target is left for the filter.
     reduction = min(w, h) / max(size) / 2
     drafted = image.draft(None, (int(w / reduction), int(h / reduction)))
-    scale = w / drafted[1][2] if drafted else 1.0
-    image.load()
+    scale = 1.0
+    if drafted:
+        scale = w / drafted[1][2]
+        image.decodermaxblock = len(data)
+    if _animated(image):
+        transforms.append("first_frame")
+    drawn = image.tile[0][1] if image.format == "GIF" and image.tile else None
+    key, raw = image.info.get("transparency"), image.tile[0][3] if image.tile else None
+    if image.format == "PNG" and isinstance(key, int) and raw in _GREY_LEVEL:
+        image.info["transparency"] = key * _GREY_LEVEL[raw]  # as the pixels are scaled
+    try:
+        image.load()
+    except OSError:
+        if scale == 1:
+            raise
+        image, scale = Image.open(io.BytesIO(data), formats=_READ), 1.0  # a lossless JPEG has no other scales
+        image.load()
     if scale > 1:
         transforms.append("decoded_reduced")
-    if getattr(image, "is_animated", False):
-        transforms.append("first_frame")
+    if drawn in (None, (0, 0, w, h)):
+        return image, scale
+    # What the first frame of a GIF leaves open is transparent, whatever background colour it names; so do browsers.
+    canvas = Image.new("RGBA", (w, h))
+    canvas.paste(image.convert("RGBA").crop(drawn), drawn[:2])
+    return canvas, scale
+
+
+def _animated(image: ImageFile.ImageFile) -> bool:
+    try:
+        return image.format != "PSD" and getattr(image, "is_animated", False)  # Photoshop's layers are no frames
+    except Exception:  # a damaged second frame behind a sound first one
         image.seek(0)
-    return image, scale
+        return True
 
 
 def _orientation(image: Image.Image) -> int:
@@ -192,48 +240,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF beside a sound picture
         return 1
-
-
-def _to_8_bits(image: Image.Image, transforms: list[str]) -> Image.Image:
-    """16-bit grey, scaled; Pillow's own conversion clips it to white. Colour arrives in 8 bits a channel."""
-    if image.mode == "F":
-        raise Rejected("unsupported_depth", "floating point")
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise Rejected("unsupported_depth", "integers beyond 16 bits")
-    transforms.append("scaled_16_bit")
-    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
-    return grey
-
-
-def _opaque(image: Image.Image, background: tuple[int, int, int], transforms: list[str]) -> Image.Image:
-    """Lay transparency, in whichever way the format has it, over the background."""
-    key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:  # of 16-bit colour, which Pillow has cut to its upper byte
-        image.info["transparency"] = tuple(value >> 8 for value in key)
-    if not image.has_transparency_data:
-        return image
-    image = image.convert("RGBA")
-    if image.getchannel("A").getextrema() == (255, 255):
-        return image.convert("RGB")
-    transforms.append("composited")
-    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
-
-
-def _grey_or_rgb(image: Image.Image, channels: int, transforms: list[str]) -> Image.Image:
-    mode = "L" if channels == 1 else "RGB"
-    if image.mode == mode:
-        return image
-    if image.mode not in ("1", "L", "P") or channels == 1:
-        transforms.append(f"{image.mode}_to_{mode}")
-    if image.mode in ("CMYK", "LAB") and channels == 1:
-        image = image.convert("RGB")
-    return image if image.mode == mode else image.convert(mode)
 
 
 def _resize(
