@@ -33,12 +33,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 def shard(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Folders (recursive), .zip or .tar files, local or fsspec URLs."),
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Folders (recursive), zip, tar, parquet, npz, npy, CIFAR batches, pictures; paths, fsspec URLs, globs.",
+        ),
     ],
     out: Annotated[str, typer.Option(metavar="SHARDSET", help="Directory or URL of the shard set to write.")],
     size: Annotated[str, typer.Option(metavar="PX|HxW", help="Size of the pictures in pixels.")],
     labels: Annotated[
-        Literal["folder", "none"], typer.Option(help="Class of a picture: its folder's name, or none.")
+        str,
+        typer.Option(
+            metavar="folder|none|FILE.csv",
+            help="Class of a picture: its folder's name or what the source says, none, or as a CSV file has it.",
+        ),
     ] = "folder",
     crop: Annotated[
         Literal["center", "none", "random"],
@@ -46,6 +53,10 @@ def shard(
             help="Cut to the target's shape in the middle, at a keyed random place, or not (refuses other shapes)."
         ),
     ] = "center",
+    pad: Annotated[
+        bool,
+        typer.Option("--pad", help="With --crop none: keep pictures whole, on the background; never enlarge them."),
+    ] = False,
     channels: Annotated[int, typer.Option(min=1, max=3, help="3 for colour, 1 for grey.")] = 3,
     format: Annotated[Literal["png", "jpeg", "webp"], typer.Option(help="How pictures are stored.")] = "png",
     shard_samples: Annotated[int, typer.Option(min=1, help="Inputs to a shard.")] = 1000,
@@ -56,13 +67,24 @@ def shard(
         float, typer.Option(min=0, max=1, help="More unusable inputs than this share end with exit code 3.")
     ] = 0.05,
     min_size: Annotated[int, typer.Option(min=1, help="Reject pictures whose short side has fewer pixels.")] = 1,
-    background: Annotated[str, typer.Option(help="Colour behind transparent pictures.")] = "#ffffff",
+    background: Annotated[str, typer.Option(help="Colour behind transparent and around padded ones.")] = "#ffffff",
+    dedupe: Annotated[
+        Literal["exact", "near"] | None,
+        typer.Option(help="Reject pictures that repeat an earlier one: its very pixels, or nearly. Default: off."),
+    ] = None,
     part: Annotated[
         str,
         typer.Option(
             metavar="I/N", help="Make only the I-th of N equal parts, from 0; the last to end makes the index."
         ),
     ] = "0/1",
+    preview: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Also a sheet of 100 pictures spread over the finished set.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Also reference statistics of these features, for `ddpm evaluate`."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a shard set made from other sources or settings.")
     ] = False,
@@ -73,9 +95,10 @@ def shard(
     from pipeline.shard import shard as job
 
     summary = job(
-        sources, out, size=_size(size), labels=labels, crop=crop, channels=channels, format=format,
-        shard_samples=shard_samples, workers=workers, max_bad_fraction=max_bad_fraction,
-        min_size=min_size, background=background, part=part, overwrite=overwrite, quiet=quiet,
+        sources, out, size=_size(size), labels=labels, crop=crop, pad=pad, channels=channels, format=format,
+        shard_samples=shard_samples, workers=workers, max_bad_fraction=max_bad_fraction, min_size=min_size,
+        background=background, dedupe=dedupe or "none", part=part, preview=preview, features=features,
+        overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(summary.as_dict()))

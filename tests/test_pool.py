@@ -1,13 +1,14 @@
-"""The pool: everything is done once, errors arrive, and no process outlives the job."""
+"""The pool: every item once and in order, errors arrive, deaths cost one item, and no process outlives the job."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,9 +16,7 @@ import psutil
 import pytest
 
 from pipeline.data import pool
-from pipeline.errors import DataError
-
-GoOn = Callable[[], None]
+from pipeline.errors import ConfigError, DataError
 
 
 def state() -> list[int]:
@@ -28,34 +27,61 @@ def never() -> bool:
     return False
 
 
-def square(seen: list[int], task: int, go_on: GoOn) -> tuple[int, int, int]:
-    seen.append(task)
-    return task * task, len(seen), os.getpid()
+def told(item: object, exit_code: int) -> tuple[object, int]:
+    return item, exit_code
 
 
-def fail(seen: list[int], task: int, go_on: GoOn) -> int:
-    if task == 3:
-        raise DataError("no space left")
-    if task == 4:
-        raise ZeroDivisionError
-    return task
+def square(seen: list[int], items: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    for item in items:
+        seen.append(item)
+        time.sleep(0.01 * (item % 3))  # so that chunks end in another order than they began
+        yield item * item, len(seen), os.getpid()
 
 
-def die(seen: list[int], task: int, go_on: GoOn) -> int:
-    if task == 2:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return task
+def fail(seen: list[int], items: Sequence[int]) -> Iterator[int]:
+    for item in items:
+        if item == 3:
+            raise DataError("no space left")
+        if item == 4:
+            raise ZeroDivisionError
+        yield item
 
 
-def hang(seen: list[int], task: str, go_on: GoOn) -> None:
+def die(seen: list[int], items: Sequence[int]) -> Iterator[int]:
+    """Some items are deadly, one of them only the first time."""
+    for item in items:
+        if item == 5:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if item == 7:
+            while True:
+                pass
+        if item == 9 and os.environ.get("ACCIDENT") and not os.path.exists(os.environ["ACCIDENT"]):
+            Path(os.environ["ACCIDENT"]).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+
+
+def unusable() -> None:
+    raise ConfigError("the source is gone")
+
+
+def hang(seen: list[int], items: Sequence[str]) -> Iterator[None]:
     """Works for ever, item by item; tells when it starts, and when it is let go."""
-    Path(f"{task}.{os.getpid()}.running").touch()
+    Path(f"{items[0]}.{os.getpid()}.running").touch()
     try:
-        while True:
-            go_on()
+        for _ in items:
             time.sleep(0.01)
+            yield None
     finally:
-        Path(f"{task}.{os.getpid()}.cleaned").touch()
+        Path(f"{items[0]}.{os.getpid()}.cleaned").touch()
+
+
+def dump_core(seen: list[int], items: Sequence[int]) -> Iterator[tuple[int, int]]:
+    yield from (resource.getrlimit(resource.RLIMIT_CORE) for _ in items)
+
+
+def chunks(count: int, size: int) -> list[list[int]]:
+    return [list(range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
 def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
@@ -66,44 +92,94 @@ def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_each_task_is_done_once_by_no_more_processes_than_asked_for(workers: int) -> None:
-    results = list(pool.run(square, range(12), setup=state, workers=workers, stop=never))
-    assert sorted(result for result, _, _ in results) == [n * n for n in range(12)]
-    assert len({pid for _, _, pid in results}) <= workers
-    assert max(count for _, count, _ in results) >= 12 // workers  # what setup made is kept from task to task
-    assert not psutil.pid_exists(results[0][2])
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_each_item_is_done_once_and_in_order_by_no_more_processes_than_asked_for(workers: int, size: int) -> None:
+    given = chunks(40, size)
+    results = list(pool.run(square, given, setup=state, workers=workers, stop=never, bury=told))
+    assert [[result for result, _, _ in chunk] for chunk in results] == [[n * n for n in chunk] for chunk in given]
+    pids = {pid for chunk in results for _, _, pid in chunk}
+    assert len(pids) <= workers
+    # What setup made is kept from chunk to chunk.
+    assert sum(max(n for chunk in results for _, n, by in chunk if by == pid) for pid in pids) == 40
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def test_no_tasks_are_no_results() -> None:
-    assert list(pool.run(square, [], setup=state, workers=2, stop=never)) == []
+def test_only_a_few_chunks_are_taken_before_they_are_wanted() -> None:
+    taken = []
+
+    def coming() -> Iterator[list[int]]:
+        for chunk in chunks(1000, 1):
+            taken.append(chunk)
+            yield chunk
+
+    with closing(pool.run(square, coming(), setup=state, workers=2, stop=never, bury=told)) as results:
+        for number, _ in zip(range(20), results):
+            time.sleep(0.01)
+            assert len(taken) <= number + 1 + 2 * 4
+
+
+def test_no_items_are_no_results() -> None:
+    assert list(pool.run(square, [], setup=state, workers=2, stop=never, bury=told)) == []
 
 
 def test_errors_arrive_as_they_were_raised_and_bugs_with_their_traceback() -> None:
     with pytest.raises(DataError, match=r"^no space left$"):
-        list(pool.run(fail, [1, 3], setup=state, workers=1, stop=never))
+        list(pool.run(fail, [[1, 3]], setup=state, workers=1, stop=never, bury=told))
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        list(pool.run(fail, [1, 4], setup=state, workers=1, stop=never))
+        list(pool.run(fail, [[1], [4]], setup=state, workers=1, stop=never, bury=told))
+    with pytest.raises(ConfigError, match=r"^the source is gone$"):
+        list(pool.run(fail, [[1]], setup=unusable, workers=1, stop=never, bury=told))
 
 
-def test_a_worker_that_dies_is_told_with_its_task() -> None:
-    with pytest.raises(DataError, match=r"^2: its worker process died \(out of memory, or a decoder crashed\)"):
-        list(pool.run(die, range(5), setup=state, workers=2, stop=never))
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("size", [1, 4, 40])
+def test_a_deadly_item_costs_that_item_and_an_accident_costs_nothing(
+    workers: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accident = tmp_path / "accident"
+    monkeypatch.setenv("ACCIDENT", str(accident))
+    code = (
+        "from pipeline.data import pool; from tests.test_pool import *; "
+        f"print(list(pool.run(die, chunks(12, {size}), setup=state, workers={workers}, stop=never, bury=told, "
+        "cpu_limit_s=1)))"
+    )  # in a process of its own, whose fork server has this environment
+    results = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    expected = [
+        [(n, {5: -signal.SIGSEGV, 7: -signal.SIGXCPU}[n]) if n in (5, 7) else n for n in chunk]
+        for chunk in chunks(12, size)
+    ]
+    assert eval(results) == [[(r[0], int(r[1])) if isinstance(r, tuple) else r for r in chunk] for chunk in expected]
+    assert accident.exists()
+
+
+def test_what_is_said_at_the_grave_may_end_the_job() -> None:
+    def refuse(item: int, exit_code: int) -> int:
+        raise DataError(f"{item} {exit_code}")
+
+    with pytest.raises(DataError, match=r"^5 -11$"):
+        list(pool.run(die, [[4, 5, 6]], setup=state, workers=1, stop=never, bury=refuse))
+
+
+def test_workers_leave_no_core_files() -> None:
+    assert list(pool.run(dump_core, [[0]], setup=state, workers=1, stop=never, bury=told)) == [[(0, 0)]]
 
 
 def test_closing_stops_workers_within_an_item_and_lets_them_clean_up(tmp_path: Path) -> None:
-    task = str(tmp_path / "task")
+    task = [str(tmp_path / "task")] * 100_000
     with closing(
-        pool.run(hang, [task] * 3, setup=state, workers=2, stop=lambda: len(list(tmp_path.iterdir())) == 2)
-    ) as r:
-        assert list(r) == []
+        pool.run(
+            hang, [task] * 3, setup=state, workers=2, stop=lambda: len(list(tmp_path.iterdir())) == 2, bury=told
+        )
+    ) as results:  # fmt: skip
+        assert list(results) == []
     names = sorted(os.listdir(tmp_path))
     assert len(names) == 4 and all(name.endswith(".cleaned") for name in names[::2])
 
 
 def test_no_worker_outlives_a_job_that_is_killed(tmp_path: Path) -> None:
     code = (
-        "from pipeline.data import pool; from tests.test_pool import hang, never, state; "
-        f"list(pool.run(hang, ['{tmp_path}/task'] * 2, setup=state, workers=2, stop=never))"
+        "from pipeline.data import pool; from tests.test_pool import hang, never, state, told; "
+        f"list(pool.run(hang, [['{tmp_path}/task'] * 100_000] * 2, setup=state, workers=2, stop=never, bury=told))"
     )
     job = subprocess.Popen([sys.executable, "-c", code])
     until(lambda: len(list(tmp_path.glob("*.running"))) == 2)

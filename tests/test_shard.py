@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.data.imageset import ImageSet, make_shard
+from pipeline.data.imageset import ImageSet
 from pipeline.data.integrity import verify
 from pipeline.data.shardset import ShardSet
-from pipeline.data.sources import Reader, list_inputs
+from pipeline.data.sources import list_inputs
+from pipeline.data.summary import Summary
 from pipeline.errors import ConfigError, DataError, PipelineError
-from pipeline.shard import Summary, shard
+from pipeline.shard import shard
 from tests.launch import ddpm
-from tests.test_imageset import settings, write_pictures
+from tests.test_imageset import settings, write, write_pictures
 
 DIGITS = str(Path(__file__).parent.parent / "shards" / "digits.zip")
 MESSY = Path(__file__).parent.parent.parent / "shared" / "data" / "messy" / "messy.tar"
@@ -143,7 +144,12 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("source", "options", "kind", "message"),
     [
         ("nowhere", {}, ConfigError, "nowhere: no such file or folder: check the name"),
-        ("mixed/bad.png", {}, ConfigError, "is neither a folder nor a .zip, .tar or .tar.gz file: give one of these"),
+        ("text/a", {}, ConfigError, "text/a is not of a kind that is read: give a folder, .zip, .tar, .tar.gz"),
+        ("mixed", {"pad": True}, ConfigError, "--pad keeps pictures whole: give --crop none with it"),
+        ("mixed", {"part": "0/2", "dedupe": "near"}, ConfigError, "--dedupe near compares each picture with all befo"),
+        ("mixed", {"crop": "random", "dedupe": "exact"}, ConfigError, "--dedupe exact compares pictures as they are c"),
+        ("mixed", {"labels": "no.csv"}, ConfigError, "--labels no.csv: there is no such file: give folder, none or a CSV file"),
+        ("mixed", {"features": "no.npz"}, ConfigError, "no.npz cannot be read (No such file or directory): give an"),
         (".", {}, ConfigError, "lies inside the source"),
         ("mixed", {"size": 0}, ConfigError, "--size, --shard-samples and --min-size are at least 1"),
         ("mixed", {"background": "rainbow"}, ConfigError, "--background rainbow: write a colour as in CSS, such as"),
@@ -226,11 +232,11 @@ def test_of_two_jobs_with_other_settings_the_second_to_commit_is_refused(
         ImageSet(str(out), settings(channels=1, shard_samples=200, format=kind), [DIGITS], listing)
         for kind in ("png", "webp")
     )
-    make_shard(Reader([DIGITS]), first.tasks[0], lambda: None)
+    write(first, first.tasks[:1], listing, channels=1, shard_samples=200)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for task in second.tasks[:2]:
         with pytest.raises(ConfigError, match=r"set is another set .format was png, now webp"):
-            make_shard(Reader([DIGITS]), task, lambda: None)
+            write(second, [task], listing, channels=1, shard_samples=200, format="webp")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert finish(out).shards_made == 8
     assert hashes(out) == hashes(digits[0])
@@ -241,8 +247,8 @@ def test_a_record_of_another_set_is_never_indexed(tmp_path: Path) -> None:
     out, listing = tmp_path / "set", list_inputs([DIGITS])
     images = ImageSet(str(out), settings(channels=1, shard_samples=200), [DIGITS], listing)
     other = ImageSet(str(tmp_path / "x" / "set"), settings(shard_samples=200), [DIGITS], listing)
-    make_shard(Reader([DIGITS]), images.tasks[0], lambda: None)
-    make_shard(Reader([DIGITS]), other.tasks[1], lambda: None)
+    write(images, images.tasks[:1], listing, channels=1, shard_samples=200)
+    write(other, other.tasks[1:2], listing, shard_samples=200)
     for path in (tmp_path / "x" / "set").iterdir():
         path.rename(out / path.name)
     with pytest.raises(ConfigError, match=r"set is another set .channels was 3, now 1"):

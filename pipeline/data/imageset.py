@@ -7,137 +7,90 @@ that an unfinished set, too, knows what it is made of.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-import torch
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from pipeline import storage
-from pipeline.data.images import EXTENSIONS, PREPROCESSING, ImageFormat, Rejected, encode, to_picture
+from pipeline.data.dedupe import Seen
+from pipeline.data.intake import Made, Placed, Settings
 from pipeline.data.shardset import (
     INDEX,
     REJECTED,
-    Sample,
+    Packed,
     ShardRecord,
     ShardSet,
     key,
-    pack,
     read_record,
     refuse_foreign,
     write_index,
     write_rejected,
     write_shard,
 )
-from pipeline.data.sources import Input, Labels, Listing, Reader
+from pipeline.data.sources import Listing
 from pipeline.errors import ConfigError, DataError
-from pipeline.noise import Use, uniforms
 
-Crop = Literal["center", "none", "random"]
+_CHUNK, _CHUNK_BYTES = 64, 1 << 22
+"""At most so many inputs, and bytes of pixels, go to a worker together."""
 _SHARD_FILE = re.compile(r"(.+)-\d{6,}\.(tar|npy|json)")
 _UNCOMMITTED = re.compile(r".+-\d{6,}\.(tar|npy)")
+_DERIVED = re.compile(r"reference-[0-9a-f]+\.safetensors")  # what a job has measured of the finished set
 _LEFTOVER = re.compile(r"\..*\.tmp")  # what storage was writing when it was killed
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that decides what a shard's bytes are, given its inputs; the fields are those of `shard.shard`."""
-
-    size: tuple[int, int]
-    channels: int
-    crop: Crop
-    format: ImageFormat
-    labels: Labels
-    background: tuple[int, int, int]
-    min_size: int
-    shard_samples: int
-    preprocessing: int = PREPROCESSING
-
-    def as_json(self) -> dict[str, Any]:
-        """As in the index, where tuples are lists."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-
-@dataclass(frozen=True)
 class Task:
-    """One shard to make; it travels to a worker process."""
+    """One shard to make, of the inputs [first, last)."""
 
-    out: str
     stem: str
     first: int
-    """Position of the first input."""
-    inputs: list[Input]
-    settings: Settings
-    source: dict[str, Any]
-
-    def __str__(self) -> str:
-        return storage.join(self.out, self.stem)
+    last: int
 
 
-def make_shard(reader: Reader, task: Task, go_on: Callable[[], None]) -> ShardRecord:
-    """Make one shard: read, picture, encode, write.
+class _Unfinished(Exception):  # noqa: N818  no more inputs come, as the job was told to stop
+    pass
 
-    Args:
-        reader: of the sources that the task's inputs are in.
-        task: the shard.
-        go_on: called before each input; may leave.
 
-    Raises:
-        ConfigError: meanwhile another job has begun another set in the same place.
-        DataError: no space left, or an archive cannot be read any more.
-    """
-    settings = task.settings
-    rejected: list[dict[str, Any]] = []
-    transforms: Counter[str] = Counter()
-    labels: Counter[int] = Counter()
+class _Books:
+    """What has become of a shard's inputs."""
 
-    def samples() -> Iterator[Sample]:
-        places = _crop_places(settings.crop, task.first, len(task.inputs))
-        for position, (item, crop_at) in enumerate(zip(task.inputs, places), task.first):
-            go_on()
-            try:
-                picture = to_picture(
-                    reader.read(item),
-                    size=settings.size,
-                    channels=settings.channels,
-                    crop_at=crop_at,
-                    background=settings.background,
-                    min_size=settings.min_size,
-                )
-            except Rejected as verdict:
-                line = {"key": key(position), "source": item.name, "reason": verdict.reason, "detail": verdict.detail}
-                rejected.append(line)
-                continue
-            transforms.update(picture.meta["transforms"])
-            if item.label is not None:
-                labels[item.label] += 1
-            image = encode(picture.array, settings.format)
-            meta = {"source": item.name, **picture.meta}
-            yield Sample(key(position), image, EXTENSIONS[settings.format], item.label, meta)
+    def __init__(self) -> None:
+        self._inputs = 0
+        self._rejected: list[dict[str, str]] = []
+        self._transforms: Counter[str] = Counter()
+        self._classes: Counter[int] = Counter()
+        self._sizes: Counter[int] = Counter()
+        self._fingerprints: dict[str, str] = {}
 
-    def extra() -> dict[str, Any]:
-        _refuse_other(task.out, settings, task.source)
+    def enter(self, made: Made) -> None:
+        self._inputs += 1
+        if made.packed is None:
+            self._rejected.append(made.line())
+            return
+        self._transforms.update(made.transforms)
+        self._classes[made.packed.label] += 1
+        self._sizes[1 << (made.short_side.bit_length() - 1)] += 1
+        if made.fingerprint:
+            self._fingerprints[key(made.position)] = made.fingerprint.hex()
+
+    def as_json(self) -> dict[str, Any]:
+        """`counts`, `rejected` and, where duplicates are looked for, `fingerprints` of a record."""
         counts = {
-            "inputs": len(task.inputs),
-            "taken": len(task.inputs) - len(rejected),
-            "rejected": dict(sorted(Counter(line["reason"] for line in rejected).items())),
-            "transforms": dict(sorted(transforms.items())),
-            "classes": {str(label): count for label, count in sorted(labels.items())},
+            "inputs": self._inputs,
+            "taken": self._inputs - len(self._rejected),
+            "rejected": dict(sorted(Counter(line["reason"] for line in self._rejected).items())),
+            "transforms": dict(sorted(self._transforms.items())),
+            "sizes": {str(least): count for least, count in sorted(self._sizes.items())},
+            "classes": {str(label): count for label, count in sorted(self._classes.items()) if label >= 0},
         }
-        return {"settings": settings.as_json(), "source": task.source, "counts": counts, "rejected": rejected}
-
-    return write_shard(task.out, task.stem, map(pack, samples()), extra)
-
-
-def _crop_places(crop: Crop, first: int, count: int) -> Sequence[tuple[float, float] | None]:
-    if crop == "random":
-        places = uniforms(0, torch.arange(first, first + count), Use.SHARDING_CROP, (2,))
-        return [(x, y) for x, y in places.tolist()]
-    return [(0.5, 0.5) if crop == "center" else None] * count
+        known = {"fingerprints": self._fingerprints} if self._fingerprints else {}
+        return {"counts": counts, "rejected": self._rejected} | known
 
 
 class ImageSet:
@@ -155,17 +108,17 @@ class ImageSet:
 
     def __init__(self, out: str, settings: Settings, urls: Sequence[str], listing: Listing) -> None:
         self._out, self._settings, self._classes = out, settings, listing.classes
+        self._inputs = listing.inputs
         self._source = {
             "urls": list(urls),
             "inputs": len(listing.inputs),
-            "bytes": sum(item.member.size for item in listing.inputs),
+            "bytes": listing.bytes,
             "fingerprint": listing.fingerprint,
         }
         _refuse_other(out, settings, self._source)
-        prefix, size = _prefix(out), settings.shard_samples
+        prefix, count, size = _prefix(out), len(listing.inputs), settings.shard_samples
         self.tasks = [
-            Task(out, f"{prefix}-{i:06d}", first, listing.inputs[first : first + size], settings, self._source)
-            for i, first in enumerate(range(0, len(listing.inputs), size))
+            Task(f"{prefix}-{i:06d}", first, min(first + size, count)) for i, first in enumerate(range(0, count, size))
         ]
         self._leftovers = self._unfinished()
         self.look()
@@ -189,10 +142,52 @@ class ImageSet:
         """Those of them that are still to be done."""
         return [task for task in tasks if task.stem not in self._records]
 
+    def chunks(self, tasks: Sequence[Task], workers: int) -> Iterator[list[Placed]]:
+        """The inputs of these shards, in pieces for so many workers."""
+        height, width = self._settings.size
+        inputs = sum(task.last - task.first for task in tasks)
+        most = min(_CHUNK, _CHUNK_BYTES // (height * width * self._settings.channels), inputs // (4 * workers))
+        for task in tasks:
+            for first in range(task.first, task.last, max(most, 1)):
+                last = min(first + max(most, 1), task.last)
+                yield list(map(Placed, range(first, last), self._inputs[first:last]))
+
+    def write(self, tasks: Sequence[Task], made: Iterator[Made]) -> Iterator[ShardRecord]:
+        """Write shards, in their order; ends early where `made` does.
+
+        Args:
+            tasks: the shards.
+            made: what became of each of their inputs, in order.
+
+        Raises:
+            ConfigError: meanwhile another job has begun another set in the same place.
+            DataError: no space left.
+        """
+        seen, wanted = Seen(self._settings.dedupe), set(tasks)
+        for task in self.tasks:
+            if record := self._records.get(task.stem):
+                for of, fingerprint in record.extra.get("fingerprints", {}).items():
+                    seen.keep(bytes.fromhex(fingerprint), of)
+            elif task in wanted:
+                books = _Books()
+                samples = _samples(itertools.islice(made, task.last - task.first), task, books, seen)
+                try:
+                    yield write_shard(self._out, task.stem, samples, partial(self._remember, books))
+                except _Unfinished:
+                    return
+
+    def _remember(self, books: _Books) -> dict[str, Any]:
+        _refuse_other(self._out, self._settings, self._source)
+        return {"settings": self._settings.as_json(), "source": self._source, **books.as_json()}
+
     def counts(self) -> dict[str, Any]:
-        """Totals over the shards that are there: inputs, taken, rejected by reason, transforms, pictures by class."""
+        """Totals over the shards that are there.
+
+        inputs, taken, rejected by reason, transforms, and pictures by class and by the power of two that their short
+        side, in pixels, as stored, reaches.
+        """
         parts = [record.extra["counts"] for record in self._records.values()]
-        sums: dict[str, Counter[str]] = {"rejected": Counter(), "transforms": Counter(), "classes": Counter()}
+        sums: dict[str, Counter[str]] = {name: Counter() for name in ("rejected", "transforms", "sizes", "classes")}
         for part in parts:
             for name, counter in sums.items():
                 counter.update(part[name])
@@ -202,6 +197,7 @@ class ImageSet:
             "taken": sum(part["taken"] for part in parts),
             "rejected": dict(sorted(sums["rejected"].items())),
             "transforms": dict(sorted(sums["transforms"].items())),
+            "sizes": dict(sorted(sums["sizes"].items(), key=lambda item: int(item[0]))),
             "classes": classes if self._classes is not None else None,
         }
 
@@ -248,6 +244,22 @@ class ImageSet:
         return sizes
 
 
+def _samples(made: Iterator[Made], task: Task, books: _Books, seen: Seen) -> Iterator[Packed]:
+    """The pictures of a shard, less those that were there before."""
+    left = task.last - task.first
+    for one in made:
+        left -= 1
+        if one.fingerprint and (original := seen.original(one.fingerprint)):
+            one = Made(one.position, one.source, ("duplicate", f"of {original}"))  # noqa: PLW2901
+        elif one.fingerprint:
+            seen.keep(one.fingerprint, key(one.position))
+        books.enter(one)
+        if one.packed:
+            yield one.packed
+    if left:
+        raise _Unfinished
+
+
 def _refuse_other(out: str, settings: Settings, source: dict[str, Any]) -> None:
     """Refuse a place that holds anything but the beginning of this set; one record tells, as all agree."""
     try:
@@ -276,7 +288,7 @@ def clear(out: str) -> None:
     if _previous(out) is None:
         return
     for name in [INDEX, *storage.listdir(out)]:  # the index first: without it the rest is no set
-        if name in (INDEX, REJECTED) or _SHARD_FILE.fullmatch(name):
+        if name in (INDEX, REJECTED) or _SHARD_FILE.fullmatch(name) or _DERIVED.fullmatch(name):
             storage.remove(storage.join(out, name))
 
 
