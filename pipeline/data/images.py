@@ -133,25 +133,26 @@ def to_picture(
         raise Rejected("too_many_bytes", f"{len(data)} bytes, the limit is {MAX_BYTES}")
     transforms: list[str] = []
     with _verdicts(data):
-        image = Image.open(io.BytesIO(data), formats=_READ)
-        w, h = image.size
-        meta = {"format": image.format, "mode": image.mode, "original_size": [h, w]}
-        _refuse_costly(image, data)
+        stored = Image.open(io.BytesIO(data), formats=_READ)
+        w, h = stored.size
+        meta = {"format": stored.format, "mode": stored.mode, "original_size": [h, w]}
+        _refuse_costly(stored, data)
         if min(w, h) < min_size:
             raise Rejected("too_small", f"{w}x{h}, --min-size is {min_size}")
-        frame, scale = _first_frame(image, data, size, transforms)
-        full = frame.size if scale == 1 else (w, h)
-        turn = _UPRIGHT.get(_orientation(frame))
+        image, scale = _first_frame(stored, data, size, transforms)
+        del stored  # 64 million pixels each time
+        full = image.size if scale == 1 else (w, h)
+        turn = _UPRIGHT.get(_orientation(image))
         if turn is not None:
             transforms.append("rotated")
-            frame = frame.transpose(turn)
+            image = image.transpose(turn)
             full = full[::-1] if turn in _SIDEWAYS else full
         # Before the resize: otherwise hidden colours bleed into the visible ones, and indices are mixed.
-        upright = colour.flattened(frame, channels, background, transforms)
+        image = colour.flattened(image, channels, background, transforms)
         box = (0.0, 0.0, *full) if pad else _crop_box(full, size, crop_at)
         if box != (0, 0, *full):
             transforms.append("cropped")
-        array = _resize(upright, _fitted(full, size) if pad else size, box, scale, transforms)
+        array = _resize(image, _fitted(full, size) if pad else size, box, scale, transforms)
         if array.shape[:2] != size:
             array = _padded(array, size, background, transforms)
     return Picture(array, {**meta, "box": [round(edge, 3) for edge in box], "transforms": transforms})
