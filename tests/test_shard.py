@@ -5,24 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from pipeline import storage
+from pipeline import scorer, storage
+from pipeline.data.batches import read_all
 from pipeline.data.imageset import ImageSet
+from pipeline.data.intake import Intake, Made, Placed
 from pipeline.data.integrity import verify
 from pipeline.data.shardset import ShardSet
 from pipeline.data.sources import list_inputs
 from pipeline.data.summary import Summary
 from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.score import reference
 from pipeline.shard import shard
 from tests.launch import ddpm
+from tests.test_features import npz, resnet_weights
 from tests.test_imageset import settings, write, write_pictures
 
 DIGITS = str(Path(__file__).parent.parent / "shards" / "digits.zip")
@@ -67,10 +76,14 @@ def test_any_number_of_workers_gives_the_same_bytes(digits: tuple[Path, Summary]
 ARGUMENTS = ("--size", "8", "--channels", "1", "--shard-samples", "200", "--workers", "2")
 
 
-def start(out: Path) -> subprocess.Popen[str]:
+def start(*arguments: object) -> subprocess.Popen[str]:
     """The job in a session of its own, as a terminal or SLURM starts it."""
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "shard", DIGITS, "--out", str(out)]
-    return subprocess.Popen([*command, *ARGUMENTS], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def start_digits(out: Path) -> subprocess.Popen[str]:
+    return start("shard", DIGITS, "--out", out, *ARGUMENTS)
 
 
 def wait_for_tars(out: Path, count: int) -> None:
@@ -83,7 +96,7 @@ def wait_for_tars(out: Path, count: int) -> None:
 def test_a_killed_job_goes_on_to_the_same_bytes(digits: tuple[Path, Summary], tmp_path: Path) -> None:
     out = tmp_path / "set"
     for count in (1, 5):
-        job = start(out)
+        job = start_digits(out)
         wait_for_tars(out, count)
         os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
@@ -95,12 +108,32 @@ def test_a_killed_job_goes_on_to_the_same_bytes(digits: tuple[Path, Summary], tm
     assert verify(str(out)) == []
 
 
+def test_a_job_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """Also with what one shard has to know of those before it."""
+    source = pictures_twice(tmp_path / "in")
+    command = ["shard", source, "--out", tmp_path / "set", "--size", "24", "--shard-samples", "25", "--workers", "2"]
+    command += ["--dedupe", "near", "--max-bad-fraction", "1", "--quiet"]
+    ddpm(*command[:3], tmp_path / "whole" / "set", *command[4:]).check_returncode()
+    killed, moments = 0, random.Random(3)
+    for tars in (0, 0, 1, 3, 6, 9):
+        job = start(*command)
+        wait_for_tars(tmp_path / "set", tars)
+        time.sleep(moments.uniform(0, 0.05) if tars else moments.uniform(0.2, 0.8))
+        os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+        killed += job.returncode == -signal.SIGKILL
+    assert killed >= 3
+    ddpm(*command).check_returncode()
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "set").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == whole
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_request_ends_in_75_with_nothing_half_written(
     digits: tuple[Path, Summary], tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "set"
-    job = start(out)
+    job = start_digits(out)
     wait_for_tars(out, 2)
     os.killpg(job.pid, number)
     _, errors = job.communicate(timeout=30)
@@ -148,7 +181,12 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("mixed", {"pad": True}, ConfigError, "--pad keeps pictures whole: give --crop none with it"),
         ("mixed", {"part": "0/2", "dedupe": "near"}, ConfigError, "--dedupe near compares each picture with all befo"),
         ("mixed", {"crop": "random", "dedupe": "exact"}, ConfigError, "--dedupe exact compares pictures as they are c"),
-        ("mixed", {"labels": "no.csv"}, ConfigError, "--labels no.csv: there is no such file: give folder, none or a CSV file"),
+        (
+            "mixed",
+            {"labels": "no.csv"},
+            ConfigError,
+            "--labels no.csv: there is no such file: give folder, none",
+        ),
         ("mixed", {"features": "no.npz"}, ConfigError, "no.npz cannot be read (No such file or directory): give an"),
         (".", {}, ConfigError, "lies inside the source"),
         ("mixed", {"size": 0}, ConfigError, "--size, --shard-samples and --min-size are at least 1"),
@@ -214,7 +252,7 @@ def test_a_part_that_ends_early_leaves_no_index(tmp_path: Path) -> None:
 
 
 def test_two_jobs_on_one_set_are_harmless(digits: tuple[Path, Summary], tmp_path: Path) -> None:
-    jobs = [start(tmp_path / "set") for _ in range(2)]
+    jobs = [start_digits(tmp_path / "set") for _ in range(2)]
     for job in jobs:
         _, errors = job.communicate(timeout=120)
         assert job.returncode == 0, errors
@@ -277,6 +315,160 @@ def test_a_stop_asked_for_while_the_sources_are_listed_ends_in_75(tmp_path: Path
     assert done.returncode == 75
     assert "stopped by the stop file before the first shard" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "set").exists()
+
+
+def pictures_twice(folder: Path) -> Path:
+    """150 pictures, then 50 of them again, as bytes, as other files of the same pixels, and compressed with losses."""
+    folder.mkdir(parents=True)
+    for i in range(150):
+        coarse = Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        picture = coarse.resize((60, 60), Image.Resampling.BICUBIC)
+        picture.save(folder / f"a{i:03}.png")
+        if i % 3 == 0:
+            shutil.copy(folder / f"a{i:03}.png", folder / f"b{i:03}.png")
+            picture.save(folder / f"c{i:03}.bmp")
+            picture.save(folder / f"d{i:03}.jpg", quality=80)
+    return folder
+
+
+@pytest.mark.parametrize(("dedupe", "dropped"), [("exact", 100), ("near", 150), ("none", 0)])
+def test_repetitions_are_rejected_and_name_what_was_kept(tmp_path: Path, dedupe: str, dropped: int) -> None:
+    source, out = pictures_twice(tmp_path / "in"), tmp_path / "set"
+    summary = shard(
+        [str(source)], str(out), size=24, shard_samples=40, workers=2, dedupe=dedupe, max_bad_fraction=1, quiet=True
+    )
+    assert (summary.inputs, summary.taken) == (300, 300 - dropped)
+    assert summary.rejected == ({"duplicate": dropped} if dropped else {})
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["detail"] == f"of {int(line['source'][1:4]):09d}"  # its position among the sorted names
+    assert Counter(line["source"][0] for line in lines) == dict.fromkeys("bcd"[: dropped // 50], 50)
+    assert verify(str(out)) == []
+
+
+def test_a_shard_made_again_finds_the_same_repetitions(tmp_path: Path) -> None:
+    source, out = pictures_twice(tmp_path / "in"), tmp_path / "set"
+    options = {"size": 24, "shard_samples": 40, "workers": 2, "dedupe": "near", "max_bad_fraction": 1, "quiet": True}
+    shard([str(source)], str(out), **options)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in ("set-000000.tar", "set-000005.json"):
+        (out / name).unlink()
+        assert shard([str(source)], str(out), **options).shards_made == 1
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_padded_pictures_are_whole_and_never_enlarged(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", ["large.png"], side=(40, 20))
+    write_pictures(tmp_path / "in", ["small.png"], side=(4, 6))
+    out = tmp_path / "set"
+    shard([str(tmp_path / "in")], str(out), size=(10, 16), crop="none", pad=True, background="#102030", quiet=True)
+    large, small = read_all(ShardSet.open(str(out))).images.permute(0, 2, 3, 1).numpy()
+    empty = (large == (16, 32, 48)).all(axis=-1)
+    assert not empty[:, 5:10].any() and empty[:, :5].all() and empty[:, 11:].all()
+    np.testing.assert_array_equal(small[3:7, 5:11], np.asarray(Image.open(tmp_path / "in" / "small.png")))
+
+
+def test_labels_from_a_file_and_pictures_that_it_does_not_name(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(4)])
+    (tmp_path / "labels.csv").write_text("id,label\n0,frog\n1,cat\n3,frog\n7,dog\n")
+    options = {"size": 8, "labels": str(tmp_path / "labels.csv"), "max_bad_fraction": 1, "quiet": True}
+    summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), **options)
+    assert summary.rejected == {"no_label": 1}
+    assert summary.classes is not None and {name: n for name, n in summary.classes.items() if n} == {
+        "cat": 1,
+        "frog": 2,
+    }
+    assert "1 rows of " in capfd.readouterr().err
+    (tmp_path / "labels.csv").write_text("id,label\n0,frog\n1,dog\n3,frog\n7,dog\n")
+    with pytest.raises(ConfigError, match="source was 4 files"):
+        shard([str(tmp_path / "in")], str(tmp_path / "set"), **options)
+
+
+def test_the_table_ends_with_sizes_and_classes(tmp_path: Path) -> None:
+    for side, names in ((9, ["a/1", "a/2", "b/3"]), (70, ["a/4"])):
+        write_pictures(tmp_path / "in", names, side=(side, 100))
+    summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), size=16, quiet=True)
+    assert summary.sizes == {"8": 3, "64": 1}
+    lines = [line.split() for line in summary.as_text().splitlines()]
+    assert ["short", "side", "8", "to", "15", "px", "3", "#" * 40] in lines
+    assert ["short", "side", "64", "to", "127", "px", "1", "#" * 14] in lines
+    assert ["class", "b", "1", "#" * 14] in lines
+
+
+def test_a_preview_shows_pictures_of_all_classes(digits: tuple[Path, Summary], tmp_path: Path) -> None:
+    shutil.copytree(digits[0], tmp_path / "set")
+    finish(tmp_path / "set", preview=str(tmp_path / "sheet.png"))
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (102, 102)  # ten times ten pictures of 8 px with gaps of 2
+    expected = read_all(ShardSet.open(str(digits[0])), 100).images.numpy()
+    np.testing.assert_array_equal(sheet[12:20, 2:10], expected[10, 0])
+
+
+def test_reference_statistics_lie_beside_the_index(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(30)])
+    network = npz(tmp_path / "resnet.npz", resnet_weights())
+    options = {"size": 16, "features": str(network), "quiet": True}
+    shard([str(tmp_path / "in")], str(tmp_path / "set"), **options)
+    (place,) = (tmp_path / "set").glob("reference-*.safetensors")
+    identity, found = reference.parse(str(place))
+    shards = ShardSet.open(str(tmp_path / "set"))
+    assert (identity.data_sha256, identity.settings_sha256) == (shards.sha256, shards.settings_sha256)
+    features = scorer.extractor(str(network), (16, 16))(read_all(shards).images).features.double().numpy()
+    np.testing.assert_allclose(found.mean, features.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), atol=1e-6)
+    assert found.count == 30 and verify(str(tmp_path / "set")) == []
+    before = place.stat().st_mtime_ns
+    shard([str(tmp_path / "in")], str(tmp_path / "set"), **options)
+    assert place.stat().st_mtime_ns == before
+    shard([str(tmp_path / "in")], str(tmp_path / "set"), size=24, overwrite=True, quiet=True)
+    assert not list((tmp_path / "set").glob("reference-*"))
+
+
+def test_the_job_starts_without_torch() -> None:
+    code = "import sys, pipeline.cli, pipeline.shard; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def deadly(intake: Intake, items: Sequence[Placed]) -> Iterator[Made]:
+    """What a decoder does that crashes at some pictures and never ends at others."""
+    for item in items:
+        if "crash" in item.input.name:
+            os.abort()
+        while "hang" in item.input.name:
+            pass
+        yield from intake.make([item])
+
+
+DEADLY = """
+import functools, sys
+from pipeline import shard
+from pipeline.data import pool
+from tests.test_shard import deadly
+shard.intake.make = deadly
+shard.pool.run = functools.partial(pool.run, cpu_limit_s=1)
+print(shard.shard(sys.argv[1:2], sys.argv[2], size=8, workers=2, shard_samples=10, max_bad_fraction=1).rejected)
+"""
+
+
+def test_a_decoder_that_dies_costs_one_file(tmp_path: Path) -> None:
+    names = [f"{i:02}.png" for i in range(25)]
+    write_pictures(tmp_path / "in", names)
+    shard([str(tmp_path / "in")], str(tmp_path / "whole" / "set"), size=8, shard_samples=10, quiet=True)
+    (tmp_path / "in" / "03.png").rename(tmp_path / "in" / "03crash.png")
+    (tmp_path / "in" / "17.png").rename(tmp_path / "in" / "17hang.png")
+    command = [sys.executable, "-c", DEADLY, str(tmp_path / "in"), str(tmp_path / "set")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'decoder_crashed': 1, 'decoder_hung': 1}"
+    lines = [json.loads(line) for line in (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()]
+    assert [(line["source"], line["reason"], line["detail"]) for line in lines] == [
+        ("03crash.png", "decoder_crashed", "SIGABRT"), ("17hang.png", "decoder_hung", ""),
+    ]  # fmt: skip
+    assert verify(str(tmp_path / "set")) == []
+    left = read_all(ShardSet.open(str(tmp_path / "set"))).images.numpy()
+    whole = read_all(ShardSet.open(str(tmp_path / "whole" / "set"))).images.numpy()
+    np.testing.assert_array_equal(left, np.delete(whole, (3, 17), axis=0))
 
 
 FULL_DISK = """
