@@ -481,6 +481,23 @@ def test_encoded_pictures_come_back(format, channels):
         np.testing.assert_array_equal(back, smooth)
 
 
+@pytest.mark.parametrize("h, w", [(1, 1), (1, 300), (300, 1), (129, 64), (64, 33)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_files_are_read_by_everyone(h, w, channels):
+    for array in (noise(h, w, channels).reshape(h, w, channels), np.full((h, w, channels), 255, np.uint8)):
+        data = encode(array, "png")
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()  # the checksums, too
+        theirs = pyvips.Image.new_from_buffer(data, "", fail_on="warning").numpy()
+        np.testing.assert_array_equal(theirs.reshape(array.shape), array)
+        np.testing.assert_array_equal(decode(data, channels), array)
+
+
+def test_png_files_are_not_larger_than_others_make_them():
+    array = np.asarray(photo(600, 900).resize((96, 64), Image.Resampling.LANCZOS))
+    assert len(encode(array, "png")) <= 1.02 * len(file(Image.fromarray(array), optimize=True))
+
+
 def test_damaged_shard_images_are_rejected_not_raised():
     with pytest.raises(Rejected):
         decode(encode(noise(8, 8), "png")[:60], 3)
