@@ -28,10 +28,8 @@ def encoded(array: NDArray[np.uint8]) -> bytes:
     padded = np.zeros((h + 1, (w + 1) * channels), np.uint8)
     padded[1:, channels:] = array.reshape(h, -1)
     deflate = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL + 1, zlib.Z_RLE)
-    body = [
-        deflate.compress(_filtered(padded[top : top + _ROWS_AT_ONCE + 1], channels))
-        for top in range(0, h, _ROWS_AT_ONCE)
-    ]
+    strips = (padded[top : top + _ROWS_AT_ONCE + 1] for top in range(0, h, _ROWS_AT_ONCE))
+    body = [deflate.compress(_filtered(strip, channels).data) for strip in strips]
     header = struct.pack(">IIBBBBB", w, h, 8, _RGB if channels == 3 else _GREY, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", b"".join((*body, deflate.flush()))), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)

@@ -1,0 +1,162 @@
+"""How fast do photographs become small pictures, against libvips `thumbnail` and a plain Pillow loop?
+
+    python benchmarks/shard_throughput.py [--photos DIR] [--rounds N] [--size 64] [--skip-job]
+
+JPEG photos of about 1000 px, cropped to the centre, reduced and written as PNG, by each in turn on one pinned core; a
+ratio is the median over the rounds, so a busy machine slows both of its sides. Without --photos they are made of
+scikit-learn's two sample photographs: random crops, enlarged, with a sensor's grain, quality 90, 4:2:0. The whole
+`ddpm shard` job is run on N and on 3 N photos; the difference is the time of 2 N, without the start-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyvips
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from pipeline.data.images import encode, to_picture
+
+JOB_PHOTOS = 1000
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def made(count: int, progressive: bool) -> list[bytes]:
+    """Photos of 1000 x 750 and 750 x 1000."""
+    rng = np.random.default_rng(0)
+    photos = []
+    for number in range(count):
+        scene = Image.fromarray(load_sample_images().images[number % 2])
+        h = int(rng.integers(300, scene.height))
+        w = h * 4 // 3
+        left, top = rng.integers(0, scene.width - w), rng.integers(0, scene.height - h)
+        size = (1000, 750) if number % 4 < 2 else (750, 1000)
+        scene = scene.crop((left, top, left + w, top + h)).resize(size, Image.Resampling.BICUBIC)
+        grain = rng.normal(0, 3, (scene.height, scene.width, 3))
+        noisy = Image.fromarray(np.clip(np.asarray(scene) + grain, 0, 255).astype(np.uint8))
+        file = io.BytesIO()
+        noisy.save(file, "JPEG", quality=90, subsampling="4:2:0", progressive=progressive)
+        photos.append(file.getvalue())
+    return photos
+
+
+def ours(size: int, data: bytes) -> bytes:
+    return encode(to_picture(data, size=(size, size)).array, "png")
+
+
+def libvips(size: int, data: bytes) -> bytes:
+    return pyvips.Image.thumbnail_buffer(data, size, height=size, crop="centre").pngsave_buffer()
+
+
+def plain_pillow(size: int, data: bytes) -> bytes:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def psnr(made_by: Callable[[bytes], bytes], reference: Callable[[bytes], bytes], photos: list[bytes]) -> list[float]:
+    """In dB, photo by photo; the reference is the full decode and one Lanczos filter."""
+    values = []
+    for photo in photos:
+        a, b = (_pixels(make(photo)).astype(float) for make in (made_by, reference))
+        values.append(10 * np.log10(255**2 / max(np.mean((a - b) ** 2), 1e-9)))
+    return values
+
+
+def _pixels(png: bytes) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def compare(title: str, photos: list[bytes], size: int, rounds: int) -> None:
+    """Print a table of the three."""
+    makers = {maker.__name__: partial(maker, size) for maker in (ours, libvips, plain_pillow)}
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for _ in range(rounds):
+        for name, make in makers.items():
+            started = time.perf_counter()
+            for photo in photos:
+                make(photo)
+            times[name].append((time.perf_counter() - started) / len(photos))
+    print(f"\n{title}: {len(photos)} photos, {sum(map(len, photos)) / len(photos) / 1000:.0f} kB each, to {size} px")
+    print(f"{'':14}{'ms each':>9}{'images/s':>10}{'x libvips':>11}{'dB, mean':>10}{'dB, min':>9}{'bytes':>8}")
+    for name, make in makers.items():
+        spent = statistics.median(times[name])
+        ratio = statistics.median(theirs / mine for theirs, mine in zip(times["libvips"], times[name]))
+        decibels = psnr(make, makers["plain_pillow"], photos)
+        quality = f"{np.mean(decibels):>10.1f}{min(decibels):>9.1f}" if name != "plain_pillow" else f"{'-':>10}{'-':>9}"
+        average = sum(len(make(photo)) for photo in photos) / len(photos)
+        print(f"{name:14}{spent * 1e3:>9.3f}{1 / spent:>10.0f}{ratio:>11.2f}{quality}{average:>8.0f}")
+
+
+def job(photos: list[bytes], size: int, rounds: int) -> None:
+    """Print the time of the whole job, by one worker on one core and by two on two."""
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+        few, many = Path(folder, "few"), Path(folder, "many")
+        for place, count in ((few, JOB_PHOTOS), (many, 3 * JOB_PHOTOS)):
+            place.mkdir()
+            for number in range(count):
+                (place / f"{number:06d}.jpg").write_bytes(photos[number % len(photos)])
+        spent: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(rounds):
+            for workers in (1, 2) if len(CORES) > 1 else (1,):
+                seconds = [_job(place, f"{folder}/out", size, workers) for place in (few, many)]
+                spent[workers].append((seconds[1] - seconds[0]) / (2 * JOB_PHOTOS))
+    print(f"\nddpm shard, {JOB_PHOTOS} and {3 * JOB_PHOTOS} photos, start-up subtracted")
+    for workers, times in spent.items():
+        if times:
+            ratio = statistics.median(one / now for one, now in zip(spent[1], times))
+            each = statistics.median(times)
+            print(f"{workers} worker(s), as many cores: {each * 1e3:.3f} ms, {1 / each:.0f} images/s, x{ratio:.2f}")
+
+
+def _job(source: Path, out: str, size: int, workers: int) -> float:
+    command = [sys.executable, "-m", "pipeline.shard", str(source), "--out", out, "--size", str(size)]
+    command += ["--workers", str(workers), "--labels", "none", "--overwrite", "--quiet"]
+    cores = ",".join(map(str, CORES[:workers]))
+    started = time.perf_counter()
+    subprocess.run(["taskset", "-c", cores, *command], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="JPEG files to use instead")
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures, in pixels")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--skip-job", action="store_true", help="only the comparison on one core")
+    options = parser.parse_args()
+    if options.photos:
+        files = sorted(path for path in options.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        sets = {str(options.photos): [path.read_bytes() for path in files[:200]]}
+    else:
+        sets = {"baseline": made(24, progressive=False), "progressive": made(24, progressive=True)}
+    os.sched_setaffinity(0, CORES[-1:])
+    pyvips.concurrency_set(1)
+    pyvips.cache_set_max(0)
+    for title, photos in sets.items():
+        compare(title, photos, options.size, options.rounds)
+    os.sched_setaffinity(0, CORES)
+    if not options.skip_job:
+        job(next(iter(sets.values())), options.size, max(3, options.rounds // 3))
+    print(f"\nlibvips {pyvips.version(0)}.{pyvips.version(1)}.{pyvips.version(2)}, Pillow {Image.__version__}")
+
+
+if __name__ == "__main__":
+    main()
