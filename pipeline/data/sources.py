@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
+from pipeline.data import cifar, patterns
 from pipeline.data import labels as numbering
-from pipeline.data import patterns
+from pipeline.data.arrays import Npy, Npz
+from pipeline.data.cifar import Cifar
 from pipeline.data.folders import Folder, RemoteFolder
 from pipeline.data.images import MAX_BYTES, Rejected
 from pipeline.data.inputs import PICTURES, Input, Inputs, Source
+from pipeline.data.table import Table
 from pipeline.data.tars import Tar
 from pipeline.data.zips import Zip
 from pipeline.errors import ConfigError, DataError
@@ -42,7 +45,10 @@ _READ = (
     "a folder, .zip, .tar, .tar.gz, .tgz or .tar.zst archive, .parquet table, .npz or .npy array, "
     "CIFAR batch (.bin, or data_batch_1 and the like), picture file, or a pattern of such"
 )
-_KINDS: dict[str, Callable[[str], Source]] = {".zip": Zip, ".tar": Tar, ".tar.gz": Tar, ".tgz": Tar, ".tar.zst": Tar}
+_KINDS: dict[str, Callable[[str], Source]] = {
+    **{".zip": Zip, ".tar": Tar, ".tar.gz": Tar, ".tgz": Tar, ".tar.zst": Tar},
+    **{".parquet": Table, ".npz": Npz, ".npy": Npy},
+}
 
 
 @dataclass(frozen=True)
@@ -168,8 +174,8 @@ def _sources(urls: Sequence[str]) -> list[Source]:
     pictures: dict[str, Any] = {}
     for url in urls:
         if not patterns.is_pattern(url):
-            if (source := _open(url)) is not None:
-                sources.append(source)
+            if opened := _open(url):
+                sources += opened
             elif url.lower().rpartition(".")[2] in PICTURES:
                 pictures[url] = storage.info(url) if storage.is_remote(url) else None
             else:
@@ -177,8 +183,8 @@ def _sources(urls: Sequence[str]) -> list[Source]:
             continue
         files = {}
         for place, info in patterns.matches(url).items():
-            if (source := _open(place)) is not None:
-                sources.append(source)
+            if opened := _open(place):
+                sources += opened
             else:
                 files[place] = info
         if files:
@@ -210,10 +216,13 @@ def _pictures(root: str, files: dict[str, Any]) -> Source:
     return Folder(place, [os.path.relpath(storage.local(file), place) for file in files])
 
 
-def _open(url: str) -> Source | None:
-    """A folder, archive, table or array; None for a file that is no more than one input."""
+def _open(url: str) -> list[Source]:
+    """A folder, archive, table, array or batch, or several; none for a file that is no more than one input."""
     if storage.is_dir(url):
-        return RemoteFolder(url) if storage.is_remote(url) else Folder(url)
+        batches = [Cifar(batch) for batch in cifar.batches(url)]
+        return [*batches] or [RemoteFolder(url) if storage.is_remote(url) else Folder(url)]
     if not storage.exists(url):
         raise ConfigError(f"{url}: no such file or folder: check the name")
-    return next((kind(url) for ending, kind in _KINDS.items() if url.endswith(ending)), None)
+    if cifar.is_batch(url):
+        return [Cifar(url)]
+    return [kind(url) for ending, kind in _KINDS.items() if url.endswith(ending)][:1]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import gzip
 import tarfile
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,7 +27,7 @@ _END = bytes(_BLOCK)
 _FILES, _OTHERS = frozenset((b"0", b"\0", b"7")), frozenset((b"2", b"3", b"4", b"5", b"6"))
 _PAX, _LONG_NAME, _LONG_LINK = b"x", b"L", b"K"
 _CHECKED_AT_ONCE = 2048
-_CLASS = "cls"
+_CLASS = ".cls"
 _COMPANIONS = frozenset(
     "cls cls2 id idx index json jsonl txt text caption captions tags label labels meta metadata url "  # noqa: SIM905
     "npy npz pyd pkl pickle pth pt safetensors mp msg msgpack cbor ten tb csv xml yaml yml".split()
@@ -34,11 +35,8 @@ _COMPANIONS = frozenset(
 _DAMAGED = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError)
 
 
-class _Member(NamedTuple):
-    path: str
-    size: int
-    mtime: int
-    place: int
+_Member = tuple[str, int, int, int]
+"""Path, size, time of modification and offset of its bytes; millions are made, so they have no names."""
 
 
 class _Unusual(Exception):  # noqa: N818
@@ -122,7 +120,8 @@ def _headers(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
         place += _BLOCK
         if block[156:157] not in _OTHERS:
             place += -(-size // _BLOCK) * _BLOCK
-    _check(unchecked)
+    if unchecked:
+        _check(unchecked)
     _only_zeros(file, place)
 
 
@@ -134,23 +133,25 @@ def _only_zeros(file: BinaryIO, place: int) -> None:
 
 
 def _number(block: bytes, at: int) -> int:
+    try:
+        return int(block[at : at + 11], 8)
+    except ValueError:
+        pass
     if block[at] & 0x80:  # GNU's way to write more than 8 GiB
         return int.from_bytes(block[at + 1 : at + 12])
     try:
-        return int(block[at : at + 12].rstrip(b" \0") or b"0", 8)
+        return int(block[at : at + 12].strip(b" \0") or b"0", 8)
     except ValueError as error:
         raise tarfile.ReadError(f"damaged header of {_text(block[:100])}") from error
 
 
 def _check(unchecked: list[bytes]) -> None:
     """Compare the sums in headers, and forget these."""
-    if not unchecked:
-        return
-    blocks = np.frombuffer(b"".join(unchecked), np.uint8).reshape(-1, _BLOCK).astype(np.int64)
-    blocks[:, 148:156] = ord(" ")
-    sums, signed = blocks.sum(1), np.where(blocks > 127, blocks - 256, blocks).sum(1)
-    for block, *right in zip(unchecked, sums.tolist(), signed.tolist()):
-        if int(block[148:156].strip(b" \0") or b"0", 8) not in right:
+    blocks = np.frombuffer(b"".join(unchecked), np.uint8).reshape(-1, _BLOCK)
+    sums = blocks.sum(1, dtype=np.int64) - blocks[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
+    for block, right in zip(unchecked, sums.tolist()):
+        told = int(block[148:156].strip(b" \0") or b"0", 8)
+        if told != right and told != right - 256 * sum(byte > 127 for byte in block):  # which some tars sum as signed
             raise tarfile.ReadError(f"damaged header of {_text(block[:100])}")
     unchecked.clear()
 
@@ -170,9 +171,9 @@ def _scan(file: BinaryIO) -> Iterator[_Member]:
         kind = block[156:157]
         if kind in _FILES:
             path = told.get("path") or _path(block)
-            if not path.endswith("/"):
+            if path[-1:] != "/":  # an old way to write a folder
                 mtime = int(float(told["mtime"])) if "mtime" in told else _number(block, 136)
-                yield _Member(path.removeprefix("./"), size, time_stamp(mtime), place)
+                yield path.removeprefix("./"), size, time_stamp(mtime), place
         elif kind == _PAX:
             told.update(_records(file.read(size)))
             if "size" in told or any(name.startswith("GNU.sparse") or name == "hdrcharset" for name in told):
@@ -183,7 +184,7 @@ def _scan(file: BinaryIO) -> Iterator[_Member]:
             continue
         elif kind not in _OTHERS and kind != _LONG_LINK:
             raise _Unusual
-        if kind != _LONG_LINK:
+        if told and kind != _LONG_LINK:
             told.clear()
 
 
@@ -211,10 +212,10 @@ def _scan_slowly(file: BinaryIO) -> Iterator[_Member]:
             archive.members = []  # type: ignore[attr-defined]  # it would keep every header
             if entry.isreg():
                 path = entry.name.removeprefix("./")
-                files[entry.name] = _Member(path, entry.size, time_stamp(int(entry.mtime)), entry.offset_data)
+                files[entry.name] = path, entry.size, time_stamp(int(entry.mtime)), entry.offset_data
                 yield files[entry.name]
             elif entry.islnk() and entry.linkname in files:  # a second name of a file, stored once
-                yield files[entry.linkname]._replace(path=entry.name.removeprefix("./"))
+                yield entry.name.removeprefix("./"), *files[entry.linkname][1:]
         file.seek(archive.offset)
         if len(file.read(_BLOCK)) < _BLOCK:
             raise tarfile.ReadError("no end-of-archive mark: cut short")
@@ -227,53 +228,52 @@ class _Samples:
     def __init__(self, file: BinaryIO, labels: bool, go_on: Callable[[], None]) -> None:
         self._file, self._labels, self._go_on = file, labels, go_on
         self._entries = Entries()
-        self._classes: list[int] = []
+        self._classes = array("q")
         self._lost: list[tuple[str, _Member]] = []  # apart from any picture of their key
 
     def entries(self, members: Iterator[_Member]) -> Entries:
         """Divide the members. Those of a sample stand together, as webdataset wants it; stragglers are looked for."""
-        group, key = list[_Member](), ""
+        before = ""
+        shown, said = list[_Member](), list[_Member]()
         for number, member in enumerate(members):
             if number % 1024 == 0:
                 self._go_on()
-            own = _key(member.path)
-            if own != key:
-                self._add(group, key)
-                group, key = [], own
-            group.append(member)
-        self._add(group, key)
+            key, extension = _split(member[0])
+            if key != before:
+                self._add(before, shown, said)
+                shown, said, before = [], [], key
+            (said if extension in _COMPANIONS else shown).append(member)
+        self._add(before, shown, said)
         self._find_the_lost()
         if any(number != NO_LABEL for number in self._classes):
             self._entries.labels, self._entries.classes = numbered(self._classes)
         return self._entries
 
-    def _add(self, group: list[_Member], key: str) -> None:
-        companions = [member for member in group if _extension(member.path) in _COMPANIONS]
-        if any(_extension(member.path) in PICTURES for member in group):
-            number = self._class(companions)
+    def _add(self, key: str, shown: list[_Member], said: list[_Member]) -> None:
+        number = NO_LABEL
+        if said and any(_split(member[0])[1] in PICTURES for member in shown):
+            number = self._class(said)
         else:
-            number = NO_LABEL
-            self._lost += [(key, member) for member in companions]
-        for member in group:
-            if member not in companions:
-                self._entries.add(*member)
-                self._classes.append(number)
+            self._lost += [(key, member) for member in said]
+        for member in shown:
+            self._entries.add(*member)
+            self._classes.append(number)
 
     def _class(self, companions: list[_Member]) -> int:
-        for member in companions:
-            if self._labels and _extension(member.path) == _CLASS:
-                self._file.seek(member.place)
-                text = self._file.read(min(member.size, 99))
+        for path, size, _, place in companions if self._labels else ():
+            if path.lower().endswith(_CLASS):
+                self._file.seek(place)
+                text = self._file.read(min(size, 99))
                 try:
                     return max(int(text), NO_LABEL)
                 except ValueError as error:
-                    raise tarfile.ReadError(f"{member.path} holds {text[:20]!r}, not a class number") from error
+                    raise tarfile.ReadError(f"{path} holds {text[:20]!r}, not a class number") from error
         return NO_LABEL
 
     def _find_the_lost(self) -> None:
         if not self._lost:
             return
-        places = {_key(path): number for number, path in enumerate(self._entries.paths)}
+        places = {_split(path)[0]: number for number, path in enumerate(self._entries.paths)}
         for key, member in self._lost:
             if key not in places:
                 self._entries.add(*member)
@@ -282,11 +282,9 @@ class _Samples:
                 self._classes[places[key]] = number
 
 
-def _key(path: str) -> str:
-    """As webdataset has it; a name that begins with a dot, or has none, stands for itself."""
+def _split(path: str) -> tuple[str, str]:
+    """Key and extension as webdataset has them; a name that begins with a dot, or has none, stands for itself."""
     dot = path.find(".", path.rfind("/") + 2)
-    return path[:dot] if dot > 0 else path
-
-
-def _extension(path: str) -> str:
-    return path[path.rfind(".") + 1 :].lower()
+    if dot < 0:
+        return path, ""
+    return path[:dot], path[path.rfind(".") + 1 :].lower()

