@@ -106,12 +106,13 @@ def info(url: str) -> dict[str, Any]:
 
 
 def glob(pattern: str) -> dict[str, dict[str, Any]]:
-    """What matches a remote pattern: its URL → what the store says of it."""
-    return remote.attempt(pattern, _glob)
+    """What matches a remote pattern: its URL, written as the pattern is → what the store says of it."""
 
+    def found(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+        store = pattern.removesuffix(path)
+        return {store + name: info for name, info in fs.glob(path, detail=True).items()}
 
-def _glob(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
-    return {fs.unstrip_protocol(name): info for name, info in fs.glob(path, detail=True).items()}
+    return remote.attempt(pattern, found)
 
 
 def size(url: str) -> int:

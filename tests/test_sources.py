@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -260,3 +261,136 @@ def test_remote_sources_are_the_same_inputs(tmp_path):
         assert contents([url]) == expected
     with pytest.raises(ConfigError, match="no such file or folder"):
         list_inputs(["memory://other"])
+
+
+def test_reading_ahead_is_in_order_bounded_and_survives_bad_inputs(tmp_path):
+    files = {f"{i:03d}.png": b"%d" % i * 300_000 for i in range(300)}
+    listing, reader = opened([write_zip(tmp_path / "a.zip", files)])
+    size = len(next(iter(files.values())))
+    items = listing.inputs[:]
+    items[7] = items[7]._replace(stamp=items[7].stamp ^ 1)
+    items[9] = items[9]._replace(size=1 << 40)
+    read = 0
+
+    class Counted:
+        parallel = False
+
+        def read(self, item):
+            nonlocal read
+            read += 1
+            return listing.sources[0].read(item)
+
+    ahead = Reader([Counted()]).read_ahead(items)
+    for position, data in enumerate(ahead):
+        assert read - position <= 33 and (read - position) * size < (1 << 26) + 3 * 900_000
+        if position in (7, 9):
+            assert isinstance(data, Rejected)
+            assert data.reason == ("source_changed" if position == 7 else "too_many_bytes")
+        else:
+            assert data == files[items[position].name]
+    assert position == 299 and list(reader.read_ahead([])) == []
+
+
+def test_reading_ahead_ends_with_its_reader_and_passes_errors_of_stores_on(tmp_path):
+    listing, reader = opened([write_folder(tmp_path / "folder")])
+    before = threading.active_count()
+    ahead = reader.read_ahead(listing.inputs[:])
+    next(ahead)
+    ahead.close()
+    assert threading.active_count() == before
+
+    class Gone:
+        parallel = True
+
+        def read(self, item):
+            raise DataError("out of reach")
+
+    with pytest.raises(DataError, match="out of reach"):
+        list(Reader([Gone()]).read_ahead(listing.inputs[:]))
+    assert threading.active_count() == before
+
+
+def test_objects_of_a_store_are_read_by_several_threads_at_once(tmp_path):
+    listing, _ = opened([write_folder(tmp_path / "folder", {f"{i:02d}.png": b"%d" % i for i in range(32)})])
+    together = threading.Barrier(8, timeout=60)
+
+    class Store:
+        parallel = True
+
+        def read(self, item):
+            together.wait()
+            return item.name.encode()
+
+    names = [data.decode() for data in Reader([Store()]).read_ahead(listing.inputs[:])]
+    assert names == [item.name for item in listing.inputs]
+
+
+def test_a_stop_is_heard_while_listing(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    sources = [write_folder(tmp_path / "folder"), write_zip(tmp_path / "a.zip"), write_tar(tmp_path / "a.tar.gz")]
+    for url in [*sources, write_tar(tmp_path / "a.tar"), f"{sources[0]}/*/*.jpg"]:
+        with pytest.raises(Stop):
+            list_inputs([url], go_on=stop)
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+def test_an_archive_that_is_replaced_after_the_listing_is_noticed(tmp_path, name):
+    path = tmp_path / name
+    write = write_zip if name == "a.zip" else write_tar
+    write(path, {"1.png": b"before"})
+    listing = list_inputs([str(path)])
+    given = pickle.dumps(listing.sources)
+    write(path, {"1.png": b"afterwards"})
+    reader = Reader(pickle.loads(given))
+    if name == "a.tar.gz":  # unpacked already
+        assert reader.read(listing.inputs[0]) == b"before"
+    else:
+        with pytest.raises(Rejected, match="source_changed"):
+            reader.read(listing.inputs[0])
+
+
+def test_an_archive_behind_other_bytes_and_with_a_64_bit_directory_is_read(tmp_path, monkeypatch):
+    plain = Path(write_zip(tmp_path / "a.zip"))
+    (tmp_path / "b.zip").write_bytes(b"#!a program that unpacks itself\n" + plain.read_bytes())
+    assert contents([str(tmp_path / "b.zip")]) == contents([str(plain)])
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    large = Path(write_zip(tmp_path / "c.zip"))
+    assert b"PK\6\6" in large.read_bytes()
+    assert contents([str(large)]) == contents([str(plain)])
+
+
+def test_every_way_to_pack_a_zip_is_read_or_unreadable(tmp_path):
+    files = {name: name.encode() * 50 for name in ("stored", "deflated", "bzip2", "lzma", "unknown")}
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, method in zip(files, (0, 8, 12, 14, 0)):
+            archive.writestr(name, files[name], method)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"unknown") - 22] = 99  # the method in its own header
+    path.write_bytes(data)
+    listing, reader = opened([str(path)])
+    read = {item.name: data for item, data in zip(listing.inputs, reader.read_ahead(listing.inputs[:]))}
+    assert read.pop("unknown").reason == "unreadable"
+    assert read == {name: data for name, data in files.items() if name != "unknown"}
+
+
+def test_a_zip_cut_or_flipped_anywhere_is_refused_or_costs_members(tmp_path):
+    path = Path(write_zip(tmp_path / "a.zip", {f"{i}.png": bytes([i]) * 40 for i in range(4)}))
+    whole = path.read_bytes()
+    sound = {data for *_, data in contents([str(path)])}
+    for at in range(len(whole)):
+        for data in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
+            path.write_bytes(data)
+            try:
+                listing, reader = opened([str(path)])
+            except DataError:
+                continue
+            assert len(data) == len(whole)
+            for item in reader.read_ahead(listing.inputs[:]):
+                assert isinstance(item, Rejected) or item in sound

@@ -171,8 +171,8 @@ class Table:
                     twice[name] = rank, path
         for name, (rank, path) in twice.items():
             if best[name][0] == rank:
-                other = found[best[name][1]].paths[best[name][2]]
-                raise ConfigError(f"{self._url}: {name!a} fits {other!a} and {path!a}: write paths, not names")
+                one, other = sorted((path, found[best[name][1]].paths[best[name][2]]))
+                raise ConfigError(f"{self._url}: {name!a} fits {one!a} and {other!a}: write paths, not names")
         return best
 
 

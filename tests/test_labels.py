@@ -1,0 +1,131 @@
+"""Classes: numbers of a source stay, names are sorted, and a CSV file fits or says what does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.data.sources import list_inputs
+from pipeline.errors import ConfigError
+from tests.test_sources import write_folder, write_tar, write_zip
+
+FILES = {"1.png": b"1", "a/2.png": b"2", "b/3.x.jpg": b"3", "b/10.png": b"10"}
+
+
+def labelled(tmp_path, text, files=FILES, encoding="utf-8", folder="pictures"):
+    """Name → class of each input, and the listing."""
+    path = tmp_path / "labels.csv"
+    path.write_bytes(text.encode(encoding))
+    listing = list_inputs([write_folder(tmp_path / folder, files)], str(path))
+    names = [None if item.label is None else listing.classes[item.label] for item in listing.inputs]
+    return dict(zip([item.name for item in listing.inputs], names)), listing
+
+
+EXPECTED = {"1.png": "cat", "a/2.png": "dog", "b/10.png": None, "b/3.x.jpg": "cat"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "filename,label\n1.png,cat\na/2.png,dog\nb/3.x.jpg,cat\n",
+        "label,width,image\ncat,3,1.png\ndog,4,2.png\ncat,5,3.x.jpg\n",
+        "id,breed\n1,cat\n2,dog\n3.x,cat\n",
+        "ID;Class\r\n1;cat\r\n2;dog\r\n3.x;cat\r\n",
+        "name\tcategory\n1\tcat\n2\tdog\n3.x\tcat",
+        "1.png,cat\n2.png,dog\n\n./b/3.x.jpg,cat\n",
+        "image,emotion\n1.png,cat\n2.png,dog\n3.x,cat\n",
+        '"file","class"\n"1.png","cat"\n"2.png","dog"\n"3.x.jpg","cat"\n10.png,\n',
+        "\ufefffile,class\n1.png, cat\n2.png, dog\n3.x.jpg, cat\n",
+    ],
+)
+def test_a_csv_names_files_by_path_name_or_stem(tmp_path, text):
+    found, listing = labelled(tmp_path, text)
+    assert found == EXPECTED and listing.classes == ("cat", "dog") and listing.rows_without_input == 0
+
+
+def test_names_beyond_ascii_and_rows_of_no_input(tmp_path):
+    found, listing = labelled(tmp_path, "ä.png,Kätzchen\nnowhere.png,Hund\n", {"ä.png": b"1"})
+    assert (
+        found == {"ä.png": "Kätzchen"} and listing.classes == ("Hund", "Kätzchen") and listing.rows_without_input == 1
+    )
+
+
+def test_whole_numbers_are_the_numbers_of_the_classes(tmp_path):
+    _, listing = labelled(tmp_path, "id,level\n1,0\n2,10\n10,3\n")
+    assert [item.label for item in listing.inputs] == [0, 10, 3, None]
+    assert listing.classes == tuple(map(str, range(11)))
+    _, listing = labelled(tmp_path, "id,level\n1,1000000\n2,2000000\n", folder="two")
+    assert [item.label for item in listing.inputs] == [0, 1, None, None] and listing.classes == ("1000000", "2000000")
+
+
+def test_a_better_fit_wins_and_equal_ones_are_refused(tmp_path):
+    found, _ = labelled(tmp_path, "1.png,top\na/1.png,inner\n", {"1.png": b"", "a/1.png": b""})
+    assert found == {"1.png": "top", "a/1.png": "inner"}
+    found, _ = labelled(tmp_path, "1.png,top\n", {"1.png": b"", "a/1.png": b""}, folder="two")
+    assert found == {"1.png": "top", "a/1.png": None}
+    with pytest.raises(ConfigError, match=r"'1.png' fits 'a/1.png' and 'b/1.png': write paths, not names"):
+        labelled(tmp_path, "1.png,top\n", {"b/1.png": b"", "a/1.png": b""}, folder="three")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "reason"),
+    [
+        ("ä.png,Kätzchen\n", "latin-1", r"labels.csv is not UTF-8 \(byte 0\): save it as UTF-8"),
+        ("1.png,cat\n", "utf-16", r"labels.csv is not UTF-8"),
+        ("file,width,height\n1.png,3,4\n", "utf-8", r"no column of classes among file, width, height: call one label"),
+        (
+            "width,height,label\n3,4,cat\n",
+            "utf-8",
+            r"no column of file names among width, height, label: call one filename",
+        ),
+        ("only\n1.png\n", "utf-8", r"no column of file names among only"),
+        ("file,label\n1.png\n", "utf-8", r"line 2 has 1 columns, not 2"),
+        ("1.png,cat\n1.png,dog\n", "utf-8", r"line 2 says 'dog' of '1.png', an earlier one 'cat'"),
+        ("", "utf-8", r"labels.csv is empty"),
+        ("7.png,cat\n", "utf-8", r"not one of its 1 names, such as '7.png', is among the inputs, such as '.*'"),
+        ("file,label\n", "utf-8", r"not one of its 0 names"),
+    ],
+)
+def test_a_csv_that_does_not_fit_is_told_in_one_line(tmp_path, text, encoding, reason):
+    with pytest.raises(ConfigError, match=reason) as told:
+        labelled(tmp_path, text, encoding=encoding)
+    assert "\n" not in str(told.value)
+
+
+def test_a_csv_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"--labels .*nowhere.csv: there is no such file: give folder, none or a CSV"):
+        list_inputs([write_folder(tmp_path / "a", FILES)], str(tmp_path / "nowhere.csv"))
+
+
+def test_the_fingerprint_covers_labels_from_a_csv(tmp_path):
+    folder, path = write_folder(tmp_path / "pictures", FILES), tmp_path / "labels.csv"
+    prints = []
+    for name in ("x", "y", "x"):
+        path.write_text(f"1.png,{name}\n2.png,xy\n10.png,z\n")
+        prints.append(list_inputs([folder], str(path)).fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+
+
+def digits(path, labels):
+    np.savez(path, images=np.zeros((len(labels), 8, 8), np.uint8), labels=np.array(labels))
+    return str(path)
+
+
+def of(urls):
+    listing = list_inputs(urls)
+    return [item.label for item in listing.inputs], listing.classes
+
+
+def test_orders_that_begin_alike_are_one(tmp_path):
+    three, five = digits(tmp_path / "a.npz", [0, 2]), digits(tmp_path / "b.npz", [4, 1])
+    assert of([three, five]) == ([0, 2, 4, 1], ("0", "1", "2", "3", "4"))
+    folder = write_folder(tmp_path / "folder", {"0/a.png": b"", "1/b.png": b""})
+    assert of([three, folder]) == ([0, 2, 0, 1], ("0", "1", "2"))
+
+
+def test_orders_that_differ_give_way_to_the_sorted_names(tmp_path):
+    numbers = digits(tmp_path / "a.npz", [0, 2])
+    names = write_zip(tmp_path / "b.zip", {"cat/a.png": b"", "1/b.png": b""})
+    assert of([numbers, names]) == ([0, 2, 1, 3], ("0", "1", "2", "cat"))
+    without = write_tar(tmp_path / "c.tar", {"c.png": b""})
+    assert of([numbers, without]) == ([0, 2, None], ("0", "1", "2"))

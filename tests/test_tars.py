@@ -1,0 +1,202 @@
+"""Tar archives: whatever writes them, the same members as `tarfile` finds; webdatasets with their labels."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+import pytest
+
+from pipeline.data import tars
+from pipeline.data.sources import list_inputs
+from pipeline.errors import ConfigError, DataError
+from tests.launch import ENVIRONMENT
+from tests.test_sources import FILES, contents, write_tar
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write(path, members, **options):
+    with tarfile.open(path, "w", **options) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), options.get("mtime", 0)
+            archive.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_fast_scan_finds_what_tarfile_finds(tmp_path, format):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=FORMATS[format]) as archive:
+        for i, name in enumerate(["a.png", "folder/b.png", "d" * 60 + "/" + "e" * 80, "é/ü.png", "x" * 99, "x" * 100]):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 512 * i + i, 1_700_000_000 + i + (0.25 if format == "pax" else 0)
+            archive.addfile(info, io.BytesIO(bytes(info.size)))
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo("other" + kind.decode())
+            info.type, info.linkname = kind, "l" * (150 if format != "ustar" else 50)
+            archive.addfile(info)
+        if format != "ustar":
+            archive.addfile(tarfile.TarInfo("y" * 300))
+    with path.open("rb") as file:
+        found = list(tars._scan(file))
+        assert found == list(tars._scan_slowly(file)) and len(found) == (6 if format == "ustar" else 7)
+
+
+def test_headers_that_only_tarfile_knows_are_left_to_it(tmp_path):
+    with tarfile.open(
+        tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of a commit"}
+    ) as archive:
+        info = tarfile.TarInfo("a.png")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"abc"))
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        archive.addfile(link)
+    with (tmp_path / "a.tar").open("rb") as file, pytest.raises(tars._Unusual):
+        list(tars._scan(file))
+    assert [(name, data) for name, _, _, data in contents([str(tmp_path / "a.tar")])] == [
+        ("a.png", b"abc"),
+        ("b.png", b"abc"),
+    ]
+
+
+def test_sizes_beyond_8_gib_and_sums_of_signed_bytes_are_understood(tmp_path):
+    header = bytearray(tarfile.TarInfo("é.png").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\x80" + (1 << 34).to_bytes(11)
+    header[148:156] = b" " * 8
+    signed = sum(byte - 256 if byte > 127 else byte for byte in header)
+    header[148:156] = b"%06o\0 " % signed
+    path = tmp_path / "a.tar"
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(512 + (1 << 34) + 1024)  # sparse
+    with path.open("rb") as file:
+        name, size, _, place = next(tars._scan(file))
+    assert (name, size, place) == ("é.png", 1 << 34, 512)
+
+
+WEBDATASET = [
+    ("a/001.jpg", b"one"),
+    ("a/001.cls", b"3"),
+    ("a/001.json", b"{}"),
+    ("a/002.cls", b"1\n"),
+    ("a/002.seg.png", b"two"),
+    ("a/002.txt", b"a caption"),
+    ("a/photo.1.jpg", b"photo 1"),
+    ("a/photo.2.jpg", b"photo 2"),
+    ("b/003.webp", b"three"),
+    ("notes.txt", b"no companion of any picture"),
+    ("a/.txt", b"hidden"),
+]
+
+
+def test_companions_of_a_picture_are_no_inputs_and_a_cls_is_its_class(tmp_path):
+    path = write(tmp_path / "a.tar", WEBDATASET)
+    found = {name: (label, data) for name, label, _, data in contents([path])}
+    assert found == {
+        "a/001.jpg": (3, b"one"),
+        "a/002.seg.png": (1, b"two"),
+        "a/photo.1.jpg": (None, b"photo 1"),
+        "a/photo.2.jpg": (None, b"photo 2"),
+        "b/003.webp": (None, b"three"),
+        "notes.txt": (None, b"no companion of any picture"),
+        "a/.txt": (None, b"hidden"),
+    }
+    assert list_inputs([path]).classes == ("0", "1", "2", "3")
+    assert {label for _, label, *_ in contents([path], "none")} == {None} and len(contents([path], "none")) == 7
+
+
+def test_companions_that_lie_elsewhere_in_the_archive_find_their_picture(tmp_path):
+    apart = sorted(WEBDATASET, key=lambda member: member[0].rpartition(".")[2])
+    assert contents([write(tmp_path / "a.tar", apart)]) == contents([write(tmp_path / "a2.tar", WEBDATASET)])
+
+
+def test_without_any_cls_the_folder_is_the_class(tmp_path):
+    path = write(tmp_path / "a.tar", [("cat/1.jpg", b"1"), ("cat/1.json", b"{}"), ("dog/2.jpg", b"2")])
+    assert [(name, label) for name, label, *_ in contents([path])] == [("cat/1.jpg", 0), ("dog/2.jpg", 1)]
+
+
+def test_a_cls_that_is_no_number_is_told(tmp_path):
+    path = write(tmp_path / "a.tar", [("1.jpg", b"1"), ("1.cls", b"cat")])
+    with pytest.raises(DataError, match=r"1.cls holds b'cat', not a class number"):
+        list_inputs([path])
+    assert len(list_inputs([path], "none").inputs) == 1
+
+
+def test_the_fingerprint_tells_labels_that_do_not_show_in_paths(tmp_path):
+    urls = [
+        write(tmp_path / f"{i}.tar", [("1.jpg", b"1"), ("1.cls", b"%d" % i), ("2.jpg", b"1"), ("2.cls", b"3")])
+        for i in (1, 2)
+    ]
+    assert len({list_inputs([url]).fingerprint for url in urls}) == 2
+    assert len({list_inputs([url], "none").fingerprint for url in urls}) == 1
+
+
+# --- compressed ---
+
+
+def write_zst(path, files=FILES):
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed: pip install 'ddpm-pipeline[zstd]'")
+    plain = write_tar(path.with_suffix(".tmp"), files)
+    with open(plain, "rb") as file:
+        path.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(file.read()))
+    os.unlink(plain)
+    return str(path)
+
+
+def test_zstd_is_the_same_inputs_and_refused_when_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar.zst"
+    assert contents([write_zst(path)]) == contents([write_tar(tmp_path / "a.tar")])
+    whole = path.read_bytes()
+    for data in (whole[:-20], whole[: len(whole) // 2], b"no zstd at all", whole[:40] + b"\xff" * 40 + whole[80:]):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="cannot be read as a tar archive"):
+            list_inputs([str(path)])
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ConfigError, match=r"pip install 'ddpm-pipeline\[zstd\]'"):
+        list_inputs([str(path)])
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tar.zst"])
+def test_workers_read_what_was_unpacked_once_and_nothing_is_left_behind(tmp_path, monkeypatch, ending):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    path = (write_tar if ending == "tar.gz" else write_zst)(tmp_path / f"a.{ending}")
+    listing = list_inputs([path])
+    os.unlink(path)  # nobody unpacks it again
+    assert os.listdir(scratch) == []
+    script = "import pickle, sys; sources, items = pickle.load(sys.stdin.buffer)\n"
+    script += (
+        "from pipeline.data.sources import Reader\nsys.stdout.buffer.write(b'|'.join(map(Reader(sources).read, items)))"
+    )
+    given = pickle.dumps((listing.sources, listing.inputs[:]))
+    worker = subprocess.run(
+        [sys.executable, "-c", script], input=given, capture_output=True, env=ENVIRONMENT, check=True
+    )
+    assert worker.stdout == b"|".join(data for _, data in sorted(FILES.items()))
+    assert held(scratch) == 1
+    del listing
+    gc.collect()
+    assert held(scratch) == 0
+
+
+def held(folder):
+    """Open files of this process in a folder."""
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return sum(str(folder) in os.readlink(link) for link in links if os.path.lexists(link))
+
+
+def test_a_full_disk_is_told_with_the_variable_that_helps(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar.gz", {"big.png": os.urandom(1 << 20)})
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: SIM115  every write is ENOSPC
+    with pytest.raises(DataError, match=r"a.tar.gz: no space left in .* to unpack it: .* variable TMPDIR"):
+        list_inputs([path])
