@@ -23,7 +23,7 @@ class UnknownWhiteError(ValueError):
 def flattened(
     image: Image.Image, channels: int, background: tuple[int, int, int], transforms: list[str]
 ) -> Image.Image:
-    """The picture in mode RGB, or L for one channel.
+    """The opaque picture in mode RGB or L, which can be resized; its colours are not yet `to_srgb`.
 
     Args:
         image: decoded, as Pillow has it.
@@ -35,18 +35,28 @@ def flattened(
         UnknownWhiteError: floating point, or integers of more than 16 bits.
     """
     colour, alpha = _without_alpha(_eight_bits(image, transforms))
-    colour = _managed(_inked(colour), transforms)
-    mode = "L" if channels == 1 else "RGB"
-    if colour.mode != mode and (colour.mode not in ("1", "L") or channels == 1):
-        transforms.append(f"{image.mode}_to_{mode}")
+    wanted = "L" if channels == 1 else "RGB"
+    if colour.mode not in (wanted, "1", "L"):
+        transforms.append(f"{image.mode}_to_{wanted}")
+    if colour.mode in ("CMYK", "LAB"):
+        colour = _managed(_inked(colour), transforms).convert("RGB")
     if alpha is not None:
+        # Now, as the background is sRGB and hidden colours must not bleed into the visible ones.
         transforms.append("composited")
         under = Image.new("RGB", colour.size, background)
-        under.paste(colour.convert("RGB"), mask=alpha)
+        under.paste(_managed(colour, transforms).convert("RGB"), mask=alpha)
         colour = under
-    if colour.mode in ("CMYK", "LAB"):
-        colour = colour.convert("RGB")
-    return colour if colour.mode == mode else colour.convert(mode)
+    grey = colour.mode in ("1", "L") or (channels == 1 and "icc_profile" not in colour.info)
+    return _in_mode("L" if grey else "RGB", colour)
+
+
+def to_srgb(image: Image.Image, channels: int, transforms: list[str]) -> Image.Image:
+    """What `flattened` gave, resized meanwhile, in sRGB or grey: where it is small this costs nothing."""
+    return _in_mode("L" if channels == 1 else "RGB", _managed(image, transforms))
+
+
+def _in_mode(mode: str, image: Image.Image) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bits(image: Image.Image, transforms: list[str]) -> Image.Image:
@@ -103,10 +113,10 @@ def _managed(image: Image.Image, transforms: list[str]) -> Image.Image:
     if transform is None:
         return image
     transforms.append("icc_to_srgb")
-    return transform.apply(image)
+    return transform.apply(image)  # which says in its info that it is sRGB now
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """None: the profile is damaged, made for another mode, or is sRGB itself to within one level."""
     try:

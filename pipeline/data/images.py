@@ -1,8 +1,9 @@
 """Image file bytes → one clean picture, or `Rejected(reason)`; pure.
 
 H, W: height and width of the result; h, w: those of the stored picture. Arrays are uint8, (H, W, C), row 0 on top.
-The order of the steps is part of the promise: header checks, decode (first frame), EXIF rotation, the file's colours to
-opaque sRGB or grey (`colour.py`), crop to the target's aspect ratio, one antialiased resize. Nothing is ever squashed.
+The order of the steps is part of the promise: header checks, decode (first frame), EXIF rotation, transparency over the
+background, crop to the target's aspect ratio, one antialiased resize, the file's colours to sRGB or grey (`colour.py`).
+Nothing is ever squashed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ REASONS = {
     "truncated": "the file ends before the picture does",
     "damaged": "the decoder gave up: damaged, or a variant that it does not know",
     "unsupported_depth": "floating point, or integers beyond 16 bits: their white is not known",
-    "no_label": "the CSV of labels has no row for it",
+    "no_label": "the CSV of labels has no row for it, or what its webdataset says is no class number",
+    "no_picture": "a sample of another's webdataset without a picture",
+    "several_pictures": "a sample of another's webdataset with more than one picture",
+    "scattered": "a sample of another's webdataset whose members do not follow each other, or with one of them twice",
     "duplicate": "--dedupe: the same picture as the one whose key the detail names, which was kept",
     "decoder_crashed": "the process that decoded it, and nothing else, died",
     "decoder_hung": "decoding it used more CPU seconds than allowed",
@@ -146,15 +150,28 @@ def to_picture(
             transforms.append("rotated")
             image = image.transpose(turn)
             full = full[::-1] if turn in _SIDEWAYS else full
-        # Before the resize: otherwise hidden colours bleed into the visible ones, and indices are mixed.
         image = colour.flattened(image, channels, background, transforms)
         box = (0.0, 0.0, *full) if pad else _crop_box(full, size, crop_at)
         if box != (0, 0, *full):
             transforms.append("cropped")
-        array = _resize(image, _fitted(full, size) if pad else size, box, scale, transforms)
+        image = _resize(image, _fitted(full, size) if pad else size, box, scale, transforms)
+        image = colour.to_srgb(image, channels, transforms)
+        array = np.asarray(image).reshape(image.height, image.width, channels)
         if array.shape[:2] != size:
             array = _padded(array, size, background, transforms)
     return Picture(array, {**meta, "box": [round(edge, 3) for edge in box], "transforms": transforms})
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(H, W) of the picture in a file once it is upright, as its header has it.
+
+    Raises:
+        Rejected: as `to_picture`.
+    """
+    with _verdicts(data):
+        image = Image.open(io.BytesIO(data), formats=_READ)
+        w, h = image.size
+        return (w, h) if _UPRIGHT.get(_orientation(image)) in _SIDEWAYS else (h, w)
 
 
 @contextmanager
@@ -249,15 +266,14 @@ def _resize(
     box: tuple[float, float, float, float],
     scale: float,
     transforms: list[str],
-) -> NDArray[np.uint8]:
+) -> Image.Image:
     height, width = size
     left, top, right, bottom = box
     if (right - left, bottom - top) != (width, height):
         transforms.append("enlarged" if right - left < width else "reduced")
     # The last decoded pixel of a reduced JPEG may stand for stored pixels beyond the edge.
     decoded = (left / scale, top / scale, min(right / scale, image.width), min(bottom / scale, image.height))
-    image = image.resize((width, height), Image.Resampling.LANCZOS, box=decoded, reducing_gap=3.0)
-    return np.asarray(image).reshape(height, width, -1)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=decoded, reducing_gap=3.0)
 
 
 def _crop_box(
