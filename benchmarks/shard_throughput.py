@@ -127,8 +127,8 @@ def job(photos: list[bytes], size: int, rounds: int) -> None:
 
 
 def _job(source: Path, out: str, size: int, workers: int) -> float:
-    command = [sys.executable, "-m", "pipeline.shard", str(source), "--out", out, "--size", str(size)]
-    command += ["--workers", str(workers), "--labels", "none", "--overwrite", "--quiet"]
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "shard", str(source), "--out", out]
+    command += ["--size", str(size), "--workers", str(workers), "--labels", "none", "--overwrite", "--quiet"]
     cores = ",".join(map(str, CORES[:workers]))
     started = time.perf_counter()
     subprocess.run(["taskset", "-c", cores, *command], check=True, stdout=subprocess.DEVNULL)
