@@ -129,6 +129,46 @@ def verify(
 
 
 @app.command()
+def index(
+    tars: Annotated[
+        list[str],
+        typer.Argument(metavar="TARS...", help="Tars, or folders of them: paths, fsspec URLs, globs, lists in braces."),
+    ],
+    out: Annotated[str, typer.Option(metavar="SHARDSET", help="Directory or URL of the set; may be that of the tars.")],
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PX|HxW", help="Bring each picture to this size when it is read. Default: as they all are."
+        ),
+    ] = None,
+    channels: Annotated[int | None, typer.Option(min=1, max=3, help="3 for colour, 1 for grey. Default: 3.")] = None,
+    labels: Annotated[
+        Literal["auto", "none"],
+        typer.Option(help="Class of a picture: the number in its .cls, else its .json; or none."),
+    ] = "auto",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Tars read side by side; 0: one for each core. The result does not depend on it.")
+    ] = 0,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="More unusable samples than this share end with exit code 3.")
+    ] = 0.05,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make tars that are there, a webdataset or the parts of a shard set, a shard set without copying them."""
+    from pipeline.index import index as job
+
+    summary = job(
+        tars, out, size=_size(size) if size else None, channels=channels, labels=labels, workers=workers,
+        max_bad_fraction=max_bad_fraction, quiet=quiet,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(summary.as_dict()))
+    elif not quiet:
+        typer.echo(summary.as_text())
+
+
+@app.command()
 def train(
     config: Annotated[str, typer.Option(metavar="C.yaml", help="The run's configuration.")],
     settings: Annotated[

@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from webdataset import DataPipeline
 
 from pipeline import storage
-from pipeline.data.images import Rejected, decode
+from pipeline.data.foreign import decoder
+from pipeline.data.images import Rejected
 from pipeline.data.order import Order, Place, rank_lanes
 from pipeline.data.shardset import ShardSet
 from pipeline.data.workers import exit_with_parent, start_worker_server
@@ -288,10 +289,10 @@ def _read_lane(shards: ShardSet, order: Order, lane: int, start: int) -> Iterato
 
 def _decode(shards: ShardSet, samples: Iterable[_Encoded]) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
     """Stage 2: (position, label, image (H, W, C))."""
-    shape = (*shards.size, shards.channels)
+    shape, decode = (*shards.size, shards.channels), decoder(shards)
     for position, place, data, label in samples:
         try:
-            image = decode(data, shards.channels)
+            image = decode(data)
         except Rejected as error:
             raise DataError(_damage(shards, place, "is no picture")) from error
         if image.shape != shape:

@@ -20,6 +20,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.data.dedupe import Seen
 from pipeline.data.intake import Made, Placed, Settings
+from pipeline.data.parts import publish, totals
 from pipeline.data.shardset import (
     INDEX,
     REJECTED,
@@ -29,8 +30,6 @@ from pipeline.data.shardset import (
     key,
     read_record,
     refuse_foreign,
-    write_index,
-    write_rejected,
     write_shard,
 )
 from pipeline.data.sources import Listing
@@ -178,28 +177,12 @@ class ImageSet:
 
     def _remember(self, books: _Books) -> dict[str, Any]:
         _refuse_other(self._out, self._settings, self._source)
-        return {"settings": self._settings.as_json(), "source": self._source, **books.as_json()}
+        classes = None if self._classes is None else list(self._classes)
+        return {"settings": self._settings.as_json(), "source": self._source, "classes": classes, **books.as_json()}
 
     def counts(self) -> dict[str, Any]:
-        """Totals over the shards that are there.
-
-        inputs, taken, rejected by reason, transforms, and pictures by class and by the power of two that their short
-        side, in pixels, as stored, reaches.
-        """
-        parts = [record.extra["counts"] for record in self._records.values()]
-        sums: dict[str, Counter[str]] = {name: Counter() for name in ("rejected", "transforms", "sizes", "classes")}
-        for part in parts:
-            for name, counter in sums.items():
-                counter.update(part[name])
-        classes = {name: sums["classes"][str(number)] for number, name in enumerate(self._classes or ())}
-        return {
-            "inputs": sum(part["inputs"] for part in parts),
-            "taken": sum(part["taken"] for part in parts),
-            "rejected": dict(sorted(sums["rejected"].items())),
-            "transforms": dict(sorted(sums["transforms"].items())),
-            "sizes": dict(sorted(sums["sizes"].items(), key=lambda item: int(item[0]))),
-            "classes": classes if self._classes is not None else None,
-        }
+        """Totals over the shards that are there."""
+        return totals(self._records.values(), self._classes)
 
     def publish(self) -> None:
         """Write `rejected.jsonl`, and the index if there is a sample; nothing if both are there already.
@@ -213,19 +196,15 @@ class ImageSet:
         for name, size in self._unfinished().items():
             if self._leftovers.get(name) == size:  # it has not grown since: nobody is at it
                 storage.remove(storage.join(self._out, name))
-        write_rejected(self._out, records)
-        counts = self.counts()
-        if counts["taken"]:
-            write_index(
-                self._out,
-                records,
-                size=self._settings.size,
-                channels=self._settings.channels,
-                classes=self._classes,
-                source=self._source,
-                settings=self._settings.as_json(),
-                counts=counts,
-            )
+        publish(
+            self._out,
+            records,
+            size=self._settings.size,
+            channels=self._settings.channels,
+            classes=self._classes,
+            source=self._source,
+            settings=self._settings.as_json(),
+        )
 
     def _is_indexed(self, records: list[ShardRecord]) -> bool:
         try:

@@ -42,7 +42,7 @@ SIDECAR = np.dtype(
         ("label", "<i4"),  # class number, -1: none
     ]
 )
-_INDEXED = ("name", "bytes", "sha256", "samples", "sidecar_sha256")
+_INDEXED = {"name": str, "bytes": int, "sha256": str, "samples": int, "sidecar_sha256": str}
 _FIX = "run the command that made the set again: it makes only what is missing"
 _REMAKE = "restore it from a copy, or make the set again with --overwrite"
 
@@ -68,18 +68,20 @@ class ShardRecord:
     """What is known of one shard; the first five fields are repeated in the index."""
 
     name: str
-    """File name of the tar."""
+    """File name of the tar; of one made elsewhere its path, from the set or from the root, or its URL."""
     bytes: int
     sha256: str
     samples: int
     sidecar_sha256: str
     extra: dict[str, Any]
     """Whatever else the job wants to remember; not in the index."""
+    sidecar: str | None = None
+    """File name of the sidecar where it does not lie beside the tar; the record lies beside the sidecar."""
 
     @property
     def stem(self) -> str:
-        """The name without its extension."""
-        return self.name.removesuffix(".tar")
+        """What the names of sidecar and record begin with, from the set."""
+        return (self.sidecar or self.name).rpartition(".")[0]
 
     @staticmethod
     def parse(value: dict[str, Any]) -> ShardRecord:
@@ -88,12 +90,21 @@ class ShardRecord:
         Raises:
             KeyError, TypeError: it is neither.
         """
-        extra = dict(value)
-        return ShardRecord(**{name: extra.pop(name) for name in _INDEXED}, extra=extra)
+        extra = value | {}
+        known = {name: extra.pop(name) for name in _INDEXED}
+        if wrong := [name for name, kind in _INDEXED.items() if not isinstance(known[name], kind)]:
+            raise TypeError(f"{', '.join(wrong)} of the wrong kind")
+        return ShardRecord(**known, sidecar=extra.pop("sidecar", None), extra=extra)
 
     def entry(self) -> dict[str, Any]:
         """The shard's line in the index."""
-        return {name: getattr(self, name) for name in _INDEXED}
+        entry = {name: getattr(self, name) for name in _INDEXED}
+        return entry | ({"sidecar": self.sidecar} if self.sidecar else {})
+
+
+def place(url: str, name: str) -> str:
+    """Where a file is that a set at `url` calls by this name: in the set, from there, or a place of its own."""
+    return name if storage.is_remote(name) or name.startswith("/") else storage.join(url, name)
 
 
 def key(position: int) -> str:
@@ -184,17 +195,28 @@ def write_shard(
         # What a record vouches for is about to be replaced, unless by another process that has just made the same.
         if storage.exists(f"{base}.json") and ((old := read_record(directory, stem)) is None or old.sha256 != sha256):
             storage.remove(f"{base}.json")
+    whole = {"name": f"{stem}.tar", "bytes": size + len(end), "sha256": sha256}
+    return write_papers(directory, stem, np.array(rows, SIDECAR), whole | remembered)
+
+
+def write_papers(directory: str, stem: str, rows: NDArray[np.void], remembered: dict[str, Any]) -> ShardRecord:
+    """Write the sidecar of a tar that is there, then the record that makes both count.
+
+    Args:
+        directory: the set, a path or URL.
+        stem: what both are called.
+        rows: of the sidecar.
+        remembered: `name`, `bytes`, `sha256`, and whatever else goes into the record.
+
+    Raises:
+        DataError: no space left, or not permitted.
+    """
+    base = storage.join(directory, stem)
     buffer = io.BytesIO()
-    np.save(buffer, np.array(rows, SIDECAR), allow_pickle=False)
+    np.save(buffer, rows, allow_pickle=False)
     storage.write_bytes(f"{base}.npy", buffer.getvalue())
-    record = ShardRecord(
-        name=f"{stem}.tar",
-        bytes=size + len(end),
-        sha256=sha256,
-        samples=len(rows),
-        sidecar_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
-        extra=remembered,
-    )
+    told = {"samples": len(rows), "sidecar_sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    record = ShardRecord.parse(remembered | told)
     storage.write_json(f"{base}.json", record.entry() | record.extra)
     return record
 
@@ -204,19 +226,15 @@ def read_record(directory: str, stem: str) -> ShardRecord | None:
     base = storage.join(directory, stem)
     try:
         record = ShardRecord.parse(storage.read_json(f"{base}.json"))
-        whole = storage.size(f"{base}.tar") == record.bytes and storage.exists(f"{base}.npy")
+        tar = place(directory, record.name) if record.sidecar else f"{base}.tar"
+        whole = storage.size(tar) == record.bytes and storage.exists(f"{base}.npy")
     except (FileNotFoundError, NotADirectoryError, DataError, KeyError, TypeError):
         return None
     return record if whole else None
 
 
-def write_rejected(directory: str, records: Iterable[ShardRecord]) -> None:
-    """Assemble `rejected.jsonl` from the `rejected` lists of the records."""
-    storage.write_bytes(storage.join(directory, REJECTED), rejected_lines(records))
-
-
 def rejected_lines(records: Iterable[ShardRecord]) -> bytes:
-    """What `rejected.jsonl` holds for these records, one JSON object a line."""
+    """What `rejected.jsonl` holds, assembled from the `rejected` lists of the records: one JSON object a line."""
     return "".join(json.dumps(line) + "\n" for record in records for line in record.extra.get("rejected", [])).encode()
 
 
@@ -315,21 +333,23 @@ class ShardSet:
         """
         if not storage.is_remote(url) and not storage.is_dir(url):
             raise DataError(f"{url}: no such directory: give the place that `ddpm shard --out` wrote")
-        place = storage.join(url, INDEX)
+        file = storage.join(url, INDEX)
         try:
-            index = storage.read_json(place)
+            index = storage.read_json(file)
         except FileNotFoundError as error:
             raise DataError(
                 f"{url} has no {INDEX}: it is unfinished or not a shard set: run `ddpm shard` again with the same "
                 "arguments, or `ddpm index` on tars made elsewhere"
             ) from error
         try:
-            if index["version"] > VERSION:
-                raise DataError(f"{place} has format {index['version']}, this program reads {VERSION}: upgrade it")
-            height, width = index["size"]
+            if index["version"] != VERSION:
+                raise DataError(f"{file} has format {index['version']}, this program reads {VERSION}: upgrade it")
+            height, width = map(int, index["size"])
+            if index["channels"] not in (1, 3):
+                raise ValueError(f"{index['channels']} channels")
             shards = tuple(ShardRecord.parse(entry) for entry in index["shards"])
             if index["samples"] != sum(record.samples for record in shards):
-                raise DataError(f"{place}: `samples` is not the sum over the shards: damaged; {_REMAKE}")
+                raise DataError(f"{file}: `samples` is not the sum over the shards: damaged; {_REMAKE}")
             return ShardSet(
                 url=url,
                 shards=shards,
@@ -339,16 +359,20 @@ class ShardSet:
                 classes=None if index["classes"] is None else tuple(index["classes"]),
                 sha256=hashlib.sha256("".join(record.sha256 for record in shards).encode()).hexdigest(),
                 source=index["source"],
-                settings=index["settings"],
+                settings=index["settings"] | {},
                 settings_sha256=index["settings_sha256"],
-                counts=index["counts"],
+                counts=index["counts"] | {},
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{place} is not the index of a shard set ({error!r}): {_REMAKE}") from error
+            raise DataError(f"{file} is not the index of a shard set ({error!r}): {_REMAKE}") from error
 
     def tar(self, i: int) -> str:
         """Path or URL of shard i's tar."""
-        return storage.join(self.url, self.shards[i].name)
+        return place(self.url, self.shards[i].name)
+
+    def papers(self, i: int, ending: str) -> str:
+        """Path or URL of shard i's sidecar (npy) or record (json)."""
+        return place(self.url, f"{self.shards[i].stem}.{ending}")
 
     def sidecar(self, i: int) -> NDArray[np.void]:
         """Shard i's sidecar: (samples,) of `SIDECAR`, checked against its hash.
@@ -357,16 +381,16 @@ class ShardSet:
             DataError: missing or damaged.
         """
         record = self.shards[i]
-        place = storage.join(self.url, f"{record.stem}.npy")
+        file = self.papers(i, "npy")
         try:
-            data = storage.read_bytes(place)
+            data = storage.read_bytes(file)
         except FileNotFoundError as error:
-            raise DataError(f"{place} is missing: {_FIX}, or restore it from a copy") from error
+            raise DataError(f"{file} is missing: {_FIX}, or restore it from a copy") from error
         if hashlib.sha256(data).hexdigest() != record.sidecar_sha256:
-            raise DataError(f"{place} does not have the sha256 of the index: damaged or of another shard; {_REMAKE}")
+            raise DataError(f"{file} does not have the sha256 of the index: damaged or of another shard; {_REMAKE}")
         rows: NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
         if rows.dtype != SIDECAR or rows.shape != (record.samples,):
-            raise DataError(f"{place} holds {rows.shape} of {rows.dtype}, not {record.samples} rows; {_REMAKE}")
+            raise DataError(f"{file} holds {rows.shape} of {rows.dtype}, not {record.samples} rows; {_REMAKE}")
         return rows
 
     @property
