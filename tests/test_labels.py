@@ -35,6 +35,7 @@ EXPECTED = {"1.png": "cat", "a/2.png": "dog", "b/10.png": None, "b/3.x.jpg": "ca
         "1.png,cat\n2.png,dog\n\n./b/3.x.jpg,cat\n",
         "image,emotion\n1.png,cat\n2.png,dog\n3.x,cat\n",
         '"file","class"\n"1.png","cat"\n"2.png","dog"\n"3.x.jpg","cat"\n10.png,\n',
+        "\ufeff1.png,cat\n2.png,dog\n3.x.jpg,cat\n",
         "\ufefffile,class\n1.png, cat\n2.png, dog\n3.x.jpg, cat\n",
     ],
 )
@@ -119,6 +120,8 @@ def of(urls):
 def test_orders_that_begin_alike_are_one(tmp_path):
     three, five = digits(tmp_path / "a.npz", [0, 2]), digits(tmp_path / "b.npz", [4, 1])
     assert of([three, five]) == ([0, 2, 4, 1], ("0", "1", "2", "3", "4"))
+    eleven = digits(tmp_path / "c.npz", [10, 2])
+    assert of([five, eleven]) == ([4, 1, 10, 2], tuple(map(str, range(11))))
     folder = write_folder(tmp_path / "folder", {"0/a.png": b"", "1/b.png": b""})
     assert of([three, folder]) == ([0, 2, 0, 1], ("0", "1", "2"))
 

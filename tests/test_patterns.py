@@ -39,6 +39,7 @@ def fill(place, files):
         ("{cat,dog}/1.jpg", [("cat/1.jpg", 0, b"1"), ("dog/1.jpg", 1, b"3")]),
         ("{cat,dog}/*.jpg", [("cat/1.jpg", 0, b"1"), ("dog/1.jpg", 1, b"3")]),
         ("dog/{1,old/4}.jpg", [("1.jpg", None, b"3"), ("old/4.jpg", 0, b"4")]),
+        ("dog/**", [("1.jpg", None, b"3"), ("old/4.jpg", 0, b"4")]),
         ("no*.txt", [("notes.txt", None, b"5")]),
     ],
 )

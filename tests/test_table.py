@@ -142,18 +142,27 @@ def test_a_missing_package_is_told_with_its_name(tmp_path, monkeypatch):
         list_inputs([path])
 
 
+def test_going_back_within_a_row_group_finds_the_right_rows(tmp_path):
+    rows = [bytes([i]) * (1 << 20) for i in range(20)]
+    listing, reader = opened([write(tmp_path / "a.parquet", {"image": structs(rows)}, row_group_size=20)])
+    for i in (19, 0, 12, 11):
+        assert reader.read(listing.inputs[i]) == rows[i]
+
+
 def test_one_row_group_of_many_megabytes_is_not_held(tmp_path):
     rows = [np.random.default_rng(i).bytes(1 << 20) for i in range(192)]
-    path = write(tmp_path / "a.parquet", {"image": structs(rows)}, row_group_size=1000, compression="none")
+    path = write(
+        tmp_path / "a.parquet", {"image": structs(rows)}, row_group_size=1000, compression="none", write_batch_size=8
+    )
     script = f"""
-import resource
 from pipeline.data.sources import Reader, list_inputs
-import pyarrow.parquet
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 listing = list_inputs([{path!r}])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 reader = Reader(listing.sources)
 assert sum(len(reader.read(item)) for item in listing.inputs) == 192 << 20
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100 << 10  # KiB; the column has 192 MiB
+    assert int(done.stdout) < 110 << 10  # KiB; the column has 192 MiB

@@ -68,6 +68,15 @@ def test_headers_that_only_tarfile_knows_are_left_to_it(tmp_path):
     ]
 
 
+def test_a_size_that_a_pax_header_gives_holds(tmp_path):
+    record = b"10 size=3\n"
+    extended, info = tarfile.TarInfo("x"), tarfile.TarInfo("a.png")
+    extended.type, extended.size = tarfile.XHDTYPE, len(record)
+    blocks = [extended.tobuf(), record.ljust(512, b"\0"), info.tobuf(), b"abc".ljust(512, b"\0"), bytes(1024)]
+    (tmp_path / "a.tar").write_bytes(b"".join(blocks))
+    assert [data for *_, data in contents([str(tmp_path / "a.tar")])] == [b"abc"]
+
+
 def test_sizes_beyond_8_gib_and_sums_of_signed_bytes_are_understood(tmp_path):
     header = bytearray(tarfile.TarInfo("é.png").tobuf(tarfile.GNU_FORMAT))
     header[124:136] = b"\x80" + (1 << 34).to_bytes(11)

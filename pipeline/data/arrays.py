@@ -52,7 +52,7 @@ class _Header(NamedTuple):
     def problem(self) -> str:
         """Why it is no array of pictures; empty if it is one."""
         if self.dtype.kind != "u" or self.dtype.itemsize > 2:
-            return "not uint8 or uint16"
+            return "not uint8 or uint16: convert it"
         if len(self.shape) == 3 and self.shape[2] in _CHANNELS:
             return "one picture, or many that are a few pixels wide: write (N, H, W, C)"
         ends = [len(self.shape) == 4 and self.shape[axis] in _CHANNELS for axis in (1, 3)]
@@ -60,7 +60,7 @@ class _Header(NamedTuple):
             return "not of the shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels"
         if all(ends):
             return "of a shape whose channels are first or last: write (N, H, W, C) with larger pictures"
-        return "in Fortran's order" if self.fortran else ""
+        return "in Fortran's order: save numpy.ascontiguousarray of it" if self.fortran else ""
 
     def picture(self, data: bytes) -> bytes:
         """An image file's bytes, of a row's."""

@@ -38,7 +38,7 @@ def matches(pattern: str) -> dict[str, dict[str, Any]]:
     for part in parts:
         places = _wild(part) if _WILD.search(part) and not storage.exists(part) else _one(part)
         if not places:
-            raise ConfigError(f"{part}: nothing matches: check the name, and that quotes keep the shell from it")
+            raise ConfigError(f"{part}: nothing matches: check the name")
         found |= places
     if "**" in pattern:
         found = {place: info for place, info in found.items() if info["type"] != "directory"}

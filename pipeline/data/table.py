@@ -1,4 +1,7 @@
-"""Parquet tables with a column of pictures, as Hugging Face keeps them: read forward, in batches of some megabytes."""
+"""Parquet tables with a column of pictures, as Hugging Face keeps them: read forward, in batches of some megabytes.
+
+A page is the least that can be read; where a writer has made one of a whole row group, that much is held.
+"""
 
 from __future__ import annotations
 
