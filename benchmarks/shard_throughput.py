@@ -109,33 +109,52 @@ def compare(title: str, photos: list[bytes], size: int, rounds: int) -> None:
 
 
 def job(photos: list[bytes], size: int, rounds: int) -> None:
-    """Print the time of the whole job, by one worker on one core and by two on two."""
+    """Print the time of the whole job, by one worker on one core and by two on two, beside libvips on files."""
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         few, many = Path(folder, "few"), Path(folder, "many")
         for place, count in ((few, JOB_PHOTOS), (many, 3 * JOB_PHOTOS)):
             place.mkdir()
             for number in range(count):
                 (place / f"{number:06d}.jpg").write_bytes(photos[number % len(photos)])
-        spent: dict[int, list[float]] = {1: [], 2: []}
+        runs: dict[str, Callable[[], float]] = {
+            "libvips, file to file, on one core": lambda: _files_by_libvips(few, Path(folder), size),
+            "ddpm shard, 1 worker on one core": lambda: _job(few, many, f"{folder}/out", size, 1),
+            "ddpm shard, 2 workers on two cores": lambda: _job(few, many, f"{folder}/out", size, 2),
+        }
+        times = {name: [] for name in runs}
         for _ in range(rounds):
-            for workers in (1, 2) if len(CORES) > 1 else (1,):
-                seconds = [_job(place, f"{folder}/out", size, workers) for place in (few, many)]
-                spent[workers].append((seconds[1] - seconds[0]) / (2 * JOB_PHOTOS))
-    print(f"\nddpm shard, {JOB_PHOTOS} and {3 * JOB_PHOTOS} photos, start-up subtracted")
-    for workers, times in spent.items():
-        if times:
-            ratio = statistics.median(one / now for one, now in zip(spent[1], times))
-            each = statistics.median(times)
-            print(f"{workers} worker(s), as many cores: {each * 1e3:.3f} ms, {1 / each:.0f} images/s, x{ratio:.2f}")
+            for name, run in runs.items():
+                times[name].append(run())
+    print(f"\nthe whole job, {JOB_PHOTOS} and {3 * JOB_PHOTOS} photos, start-up subtracted")
+    peer, one = list(times.values())[:2]
+    for name, spent in times.items():
+        against = [statistics.median(a / b for a, b in zip(other, spent)) for other in (peer, one)]
+        each = statistics.median(spent)
+        print(f"{name:36}{each * 1e3:>7.3f} ms, {1 / each:>5.0f} images/s, {against[0]:.2f} x libvips, "
+              f"{against[1]:.2f} x one worker")  # fmt: skip
 
 
-def _job(source: Path, out: str, size: int, workers: int) -> float:
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "shard", str(source), "--out", out]
-    command += ["--size", str(size), "--workers", str(workers), "--labels", "none", "--overwrite", "--quiet"]
-    cores = ",".join(map(str, CORES[:workers]))
+def _files_by_libvips(source: Path, out: Path, size: int) -> float:
+    os.sched_setaffinity(0, CORES[:1])
     started = time.perf_counter()
-    subprocess.run(["taskset", "-c", cores, *command], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    files = sorted(source.iterdir())
+    for path in files:
+        small = pyvips.Image.thumbnail(str(path), size, height=size, crop="centre")
+        small.pngsave(str(out / f"{path.stem}.png"))
+    os.sched_setaffinity(0, CORES)
+    return (time.perf_counter() - started) / len(files)
+
+
+def _job(few: Path, many: Path, out: str, size: int, workers: int) -> float:
+    seconds = []
+    for source in (few, many):
+        command = [sys.executable, "-c", "from pipeline.cli import main; main()", "shard", str(source), "--out", out]
+        command += ["--size", str(size), "--workers", str(workers), "--labels", "none", "--overwrite", "--quiet"]
+        cores = ",".join(map(str, CORES[:workers]))
+        started = time.perf_counter()
+        subprocess.run(["taskset", "-c", cores, *command], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - started)
+    return (seconds[1] - seconds[0]) / (2 * JOB_PHOTOS)
 
 
 def main() -> None:
