@@ -74,7 +74,7 @@ def index(
         listed = _listed(urls, out)
         _refuse_other(out, settings.as_json(), {})
         read = _read(listed, out, settings, workers or len(os.sched_getaffinity(0)), quiet)
-        counts = _publish(listed, tars, out, settings)
+        counts = _publish(listed, out, settings)
     _refuse_too_many_bad(counts, max_bad_fraction, storage.join(out, REJECTED))
     seconds = time.monotonic() - started
     return Summary(
@@ -173,7 +173,7 @@ def _read(tars: list[Tar], out: str, settings: Settings, workers: int, quiet: bo
     return len(unread)
 
 
-def _publish(tars: list[Tar], names: Sequence[str], out: str, settings: Settings) -> dict[str, Any]:
+def _publish(tars: list[Tar], out: str, settings: Settings) -> dict[str, Any]:
     records = []
     for tar in tars:
         record = read_record(out, tar.stem)
@@ -191,7 +191,7 @@ def _publish(tars: list[Tar], names: Sequence[str], out: str, settings: Settings
         size=settings.size or _one_size(records),
         channels=settings.channels,
         classes=[str(label) for label in range(max(labels) + 1)] if labels else None,
-        source={"urls": list(names), "tars": len(tars), "bytes": sum(tar.size for tar in tars)},
+        source={"tars": len(tars), "bytes": sum(tar.size for tar in tars)},
         settings=settings.as_json(),
     )
 

@@ -222,10 +222,6 @@ class _Group:
     """Extension, in lower case → offset and size of its payload."""
     is_repeated: bool = False
 
-    @property
-    def pictures(self) -> list[str]:
-        return [extension for extension in self.members if extension.rpartition(".")[2] in PICTURES]
-
 
 def scan(url: str, settings: Settings, go_on: Callable[[], None]) -> Scan:
     """Read a tar from end to end.
@@ -271,8 +267,7 @@ def _groups(window: _Window) -> Iterator[_Group]:
             archive.members = []  # type: ignore[attr-defined]  # it would keep every header
             if not member.isreg() or member.issparse() or _META.match(member.name):
                 continue
-            name = _NAME.fullmatch(member.name)
-            key, extension = (name[1], name[2].lower()) if name else (member.name, "")
+            key, extension = split(member.name)
             if group is None or key != group.key:
                 if group:
                     yield group
@@ -302,8 +297,9 @@ def _look(group: _Group, window: _Window, settings: Settings) -> Taken:
         raise Rejected("too_many_bytes", f"{group.last - group.first} bytes, the limit is {MAX_BYTES}")
     if group.is_repeated:
         raise Rejected("scattered", "a member is there twice")
-    if len(group.pictures) != 1:
-        raise Rejected("several_pictures" if group.pictures else "no_picture", ", ".join(sorted(group.members)))
+    shown = pictures(group.members)
+    if len(shown) != 1:
+        raise Rejected("several_pictures" if shown else "no_picture", ", ".join(sorted(group.members)))
     data = window.part(group.first, group.last)
 
     def payload(extension: str) -> bytes:
@@ -312,12 +308,23 @@ def _look(group: _Group, window: _Window, settings: Settings) -> Taken:
 
     told: dict[str, bytes] = {name: payload(name) for name in ("cls", "json") if name in group.members}
     label = -1 if settings.labels == "none" else label_of(told)
-    image = payload(group.pictures[0])
+    image = payload(shown[0])
     size = settings.size or (upright_size(image) if image else (1, 1))
     picture = to_picture(image, size=size, channels=settings.channels)
-    offset, length = group.members[group.pictures[0]]
+    offset, length = group.members[shown[0]]
     row = (group.first, len(data), zlib.crc32(data), offset - group.first, length, label)
     return Taken(row, size, picture.meta)
+
+
+def split(path: str) -> tuple[str, str]:
+    """Key and extension of a member as webdataset has them; a name without extension, which it leaves out, is a key."""
+    name = _NAME.fullmatch(path)
+    return (name[1], name[2].lower()) if name else (path, "")
+
+
+def pictures(extensions: Iterable[str]) -> list[str]:
+    """Those that say of a member that it is a picture."""
+    return [extension for extension in extensions if extension.rpartition(".")[2] in PICTURES]
 
 
 def label_of(members: dict[str, bytes]) -> int:

@@ -1,209 +1,276 @@
-"""Every byte of a shard set against its index.
+"""Every byte of a shard set against its index, in one reading of each tar.
 
 A hash tells that a shard is damaged; what its user wants to know is which shard and which samples, so each sample is
-looked at as well. Nothing is extracted: members are read in memory, and only regular files named KEY.extension are
-accepted (a tar can hold `../../etc/passwd`, links and devices).
+looked at as well.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import re
+import signal
 import tarfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.synchronize import Event
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.data.images import Rejected, decode
-from pipeline.data.shardset import INDEX, REJECTED, SIDECAR, ShardRecord, ShardSet, read_record, rejected_lines
+from pipeline.data.inspection import Inspector
+from pipeline.data.parts import totals
+from pipeline.data.shardset import (
+    INDEX,
+    REJECTED,
+    SIDECAR,
+    ShardRecord,
+    ShardSet,
+    rejected_lines,
+    settings_sha256,
+)
 from pipeline.errors import DataError
 
-_BLOCK = tarfile.BLOCKSIZE
-_MEMBER = re.compile(r"(\d{9,})\.(png|jpg|webp|cls|json)")
+_BLOCK, _PIECE = tarfile.BLOCKSIZE, 1 << 20
 _SHARD_FILE = re.compile(r".*\d{6,}\.(tar|npy|json)")
+_UNREADABLE = (DataError, OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What comes of reading a file that holds something else than it should."""
+
+Check = Callable[[ShardSet], Iterable[list[str]]]
 
 
-def verify(url: str, each: Callable[[Sequence[ShardRecord]], Iterable[ShardRecord]] = iter) -> list[str]:
+def in_turn(shards: ShardSet) -> Iterator[list[str]]:
+    """The findings in each shard, found one after the other by this process."""
+    return check(Checker(shards), range(len(shards.shards)))
+
+
+def verify(url: str, shards_of: Check = in_turn) -> list[str]:
     """Check every byte of a shard set against its index.
-
-    Nothing is extracted: members are looked at in memory, and only regular files named KEY.extension are accepted.
 
     Args:
         url: the set.
-        each: gives the shards one by one, to watch or to end the work.
+        shards_of: gives the findings in each of its shards, in their order.
 
     Returns:
         One line a finding, naming shard and key; none if the set is sound.
+
+    Raises:
+        DataError: a store cannot be reached, or does not give parts of files.
     """
     try:
         shards = ShardSet.indexed(url)
-    except DataError as error:
+    except (DataError, OSError, RecursionError) as error:
         return [str(error)]
-    findings = [*_strangers(shards)]
-    for i, _ in enumerate(each(shards.shards)):
-        findings += _verify_shard(shards, i)
-    return [*findings, *_verify_rejected(shards)]
+    findings = [*_strangers(shards), *_verify_index(shards)]
+    for found in shards_of(shards):
+        findings += found
+    return [*findings, *_verify_sums(shards)]
 
 
 def _strangers(shards: ShardSet) -> Iterator[str]:
     """Shard files that the index does not know: renamed, or left by another job."""
     known = {record.stem for record in shards.shards}
-    if len(known) < len(shards.shards):
+    if len(known) < len(shards.shards) or len({record.name for record in shards.shards}) < len(shards.shards):
         yield f"{INDEX}: a shard is listed twice"
+    known |= {record.name.removesuffix(".tar") for record in shards.shards}
     for name in storage.listdir(shards.url):
         if _SHARD_FILE.fullmatch(name) and name.rsplit(".", 1)[0] not in known:
             yield f"{name}: not in the index (renamed, or left by another job)"
 
 
-def _verify_rejected(shards: ShardSet) -> Iterator[str]:
-    """The list of rejected inputs against the shards' records and the index's counts."""
-    if "inputs" not in shards.counts:
+def _verify_index(shards: ShardSet) -> Iterator[str]:
+    """What the index says twice."""
+    settings, source = shards.settings, shards.source
+    if shards.settings_sha256 != settings_sha256(settings):
+        yield f"{INDEX}: `settings_sha256` is not that of `settings`"
+    for name, value in {"size": list(shards.size), "channels": shards.channels}.items():
+        if settings.get(name) not in (None, value):
+            yield f"{INDEX}: `{name}` is {value}, `settings` has {settings[name]}"
+    if "checkpoint_sha256" in settings and source != f"checkpoint {settings['checkpoint_sha256']}":
+        yield f"{INDEX}: `source` is not the checkpoint of `settings`"
+    if settings.get("foreign"):
+        known = {"tars": len(shards.shards), "bytes": sum(record.bytes for record in shards.shards)}
+        if source != known:
+            yield f"{INDEX}: `source` is {source}, the tars are {known}"
+
+
+def _verify_sums(shards: ShardSet) -> Iterator[str]:
+    """The list of rejected inputs, the totals and the source against the shards' records."""
+    counts = shards.counts
+    if "taken" in counts and counts["taken"] != shards.samples:
+        yield f"{INDEX}: `counts` has {counts['taken']} taken, the shards have {shards.samples} samples"
+    if "inputs" not in counts:
         return
-    records = [read_record(shards.url, record.stem) for record in shards.shards]
-    lines = rejected_lines(record for record in records if record)
+    records = [record for i in range(len(shards.shards)) if (record := _record(shards, i)[0])]
     place = storage.join(shards.url, REJECTED)
-    if not storage.exists(place) or storage.read_bytes(place) != lines:
-        yield f"{REJECTED}: missing, or not what the shards' records say"
-    missing = shards.counts["inputs"] - shards.samples - lines.count(b"\n")
-    if missing:
-        yield f"{INDEX}: {missing} of {shards.counts['inputs']} inputs are neither a sample nor in {REJECTED}"
+    try:
+        lines = rejected_lines(records)
+        if not storage.exists(place) or storage.read_bytes(place) != lines:
+            yield f"{REJECTED}: missing, or not what the shards' records say"
+        missing = counts["inputs"] - shards.samples - lines.count(b"\n")
+        if missing:
+            yield f"{INDEX}: {missing} of {counts['inputs']} inputs are neither a sample nor in {REJECTED}"
+        if len(records) == len(shards.shards):
+            told = totals(records, shards.classes)
+            wrong = [name for name in counts | told if counts.get(name) != told.get(name)]
+            if list(told["classes"] or ()) != list(counts["classes"] or ()):
+                wrong.append("the order of classes")
+            if wrong:
+                yield f"{INDEX}: `counts` or `classes` are not what the records add up to: {', '.join(wrong)}"
+    except _UNREADABLE as error:
+        yield f"{REJECTED}, or the counts in the records: cannot be compared with the index ({error!r})"
+    sources = [record.extra.get("source") for record in records if isinstance(record.extra.get("source"), dict)]
+    if sources and shards.source not in sources:
+        yield f"{INDEX}: `source` is that of no record"
 
 
-def _verify_shard(shards: ShardSet, i: int) -> Iterator[str]:
-    record = shards.shards[i]
-    yield from _verify_record(shards, record)
+class Checker(NamedTuple):
+    """A process's part in checking a set."""
+
+    shards: ShardSet
+    stopped: Event | None = None
+    """Set if the job is to end: then this process ends, too, at the next sample."""
+
+
+def check(checker: Checker, numbers: Iterable[int]) -> Iterator[list[str]]:
+    """The findings in each of these shards: in its record, its sidecar and its tar."""
+    for i in numbers:
+        yield [*_verify_record(checker.shards, i), *_verify_shard(checker, i)]
+
+
+def bury(i: int, exit_code: int) -> list[str]:
+    """The finding in a shard at which two processes have died."""
+    cause = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+    return [f"shard {i}: two processes died at it ({cause}): a picture in it crashes its decoder, or memory ran out"]
+
+
+def _record(shards: ShardSet, i: int) -> tuple[ShardRecord | None, str]:
+    """A shard's record, or what is wrong with it."""
+    name = f"{shards.shards[i].stem}.json"
+    try:
+        return ShardRecord.parse(storage.read_json(shards.papers(i, "json"))), ""
+    except FileNotFoundError:
+        return None, f"{name}: missing"
+    except _UNREADABLE as error:
+        return None, f"{name}: not the record of a shard ({error})"
+
+
+def _verify_record(shards: ShardSet, i: int) -> Iterator[str]:
+    indexed = shards.shards[i]
+    record, problem = _record(shards, i)
+    if record is None:
+        yield problem
+        return
+    then, now = record.entry(), indexed.entry()
+    if not indexed.sidecar:  # the tar lies beside its record, which says nothing of where that is
+        now["name"] = now["name"].rpartition("/")[2]
+    differing = [key for key in then | now if then.get(key) != now.get(key)]
+    for name in ("settings", "provenance"):
+        if record.extra.get(name, shards.settings) != shards.settings:
+            differing.append(name)
+    classes = record.extra.get("classes")
+    if classes is not None and classes != list(shards.classes or ()):
+        differing.append("classes")
+    if differing:
+        yield f"{indexed.stem}.json: differs from the index in {', '.join(differing)} (of another shard, or changed)"
+
+
+class _Hashed:
+    """A file read once from its beginning, hashed as it comes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.sha256 = hashlib.sha256()
+        self.at = 0
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.sha256.update(data)
+        self.at += len(data)
+        return data
+
+    def zeros(self) -> int:
+        """Read on to the end: how many bytes there are if all of them are zero, else -1."""
+        count = 0
+        while piece := self.read(_PIECE):
+            count = -1 if count < 0 or piece.strip(b"\0") else count + len(piece)
+        return count
+
+
+def _verify_shard(checker: Checker, i: int) -> list[str]:
+    shards, record = checker.shards, checker.shards.shards[i]
+    findings: list[str] = []
     try:
         rows = shards.sidecar(i)
-    except DataError as error:
-        yield f"{record.stem}.npy: {error}"
+    except (DataError, OSError, ValueError, EOFError) as error:
+        findings.append(f"{record.stem}.npy: {error}")
         rows = np.zeros(0, SIDECAR)
     try:
-        with storage.open_read(shards.tar(i)) as tar:
-            digest, found = hashlib.sha256(), 0
-            while chunk := tar.read(1 << 20):
-                digest.update(chunk)
-                found += len(chunk)
+        with storage.open_read(shards.tar(i)) as file:
+            tar = _Hashed(file)
+            problems = [*_verify_samples(checker, i, rows, tar)]
+            tar.zeros()
     except FileNotFoundError:
-        yield f"{record.name}: missing"
-        return
-    if digest.hexdigest() != record.sha256:
-        twins = [other.name for other in shards.shards if other.sha256 == digest.hexdigest()]
-        if twins:
-            yield f"{record.name}: holds the bytes of {twins[0]} (swapped or renamed)"
-            return
-        if found != record.bytes:
-            whole = int(np.sum(rows["offset"] + rows["length"] <= found))
-            yield (
-                f"{record.name}: {found} bytes, the index says {record.bytes} (cut short or changed): "
-                f"the index says {record.samples} samples, {whole} are whole"
-            )
-        else:
-            yield f"{record.name}: does not have the sha256 of the index"
-    with storage.open_read(shards.tar(i)) as tar:
-        yield from _verify_samples(shards, i, rows[rows["offset"] + rows["length"] <= found], tar)
+        return [*findings, f"{record.name}: missing"]
+    except OSError as error:
+        return [*findings, f"{record.name}: cannot be read ({error.strerror or error})"]
+    digest = tar.sha256.hexdigest()
+    if digest == record.sha256:
+        return findings + problems
+    if twins := [other.name for other in shards.shards if other.sha256 == digest]:
+        return [*findings, f"{record.name}: holds the bytes of {twins[0]} (swapped or renamed)"]
+    if tar.at == record.bytes:
+        return [*findings, f"{record.name}: does not have the sha256 of the index", *problems]
+    whole = int(np.sum(rows["offset"] + rows["length"] <= tar.at))
+    said = f"{record.name}: {tar.at} bytes, the index says {record.bytes} (cut short or changed)"
+    return [*findings, f"{said}: the index says {record.samples} samples, {whole} are whole", *problems]
 
 
-def _verify_record(shards: ShardSet, record: ShardRecord) -> Iterator[str]:
-    try:
-        committed = ShardRecord.parse(storage.read_json(storage.join(shards.url, f"{record.stem}.json")))
-    except FileNotFoundError:
-        yield f"{record.stem}.json: missing"
-        return
-    except (DataError, KeyError, TypeError) as error:
-        yield f"{record.stem}.json: not the record of a shard ({error})"
-        return
-    differing = [key for key, value in record.entry().items() if committed.entry()[key] != value]
-    if differing:
-        yield f"{record.stem}.json: differs from the index in {', '.join(differing)} (of another shard, or changed)"
-
-
-def _verify_samples(shards: ShardSet, i: int, rows: NDArray[np.void], tar: BinaryIO) -> Iterator[str]:
-    """Each sample's bytes against its row, then what follows the last one."""
-    record = shards.shards[i]
-    shard_samples = shards.settings.get("shard_samples")
-    first, last = 0, None
-    if isinstance(shard_samples, int) and (number := re.search(r"[-_](\d{6,})\.tar$", record.name)):
-        first = int(number[1]) * shard_samples
-        last = first + shard_samples
-    end, previous = 0, -1
+def _verify_samples(checker: Checker, i: int, rows: NDArray[np.void], tar: _Hashed) -> Iterator[str]:
+    """Each sample's bytes against its row, as far as they go."""
+    shards, record = checker.shards, checker.shards.shards[i]
+    inspector, keys = Inspector(shards), _Keys(shards, record)
     for n, row in enumerate(rows):
-        if row["offset"] != end:
-            yield f"{record.stem}.npy: row {n} starts at byte {row['offset']}, the sample before it ends at {end}"
+        if checker.stopped and checker.stopped.is_set():
+            raise SystemExit
+        offset, length = int(row["offset"]), int(row["length"])
+        if offset < tar.at or (offset > tar.at and not shards.settings.get("foreign")):
+            yield f"{record.stem}.npy: row {n} starts at byte {offset}, the sample before it ends at {tar.at}"
             return
-        data = tar.read(int(row["length"]))
-        end += len(data)
-        key, problem = _inspect(data, row, shards)
-        if key is not None and problem is None:
-            if int(key) <= previous:
-                problem = "its key is not above the one before it"
-            elif int(key) < first or (last is not None and int(key) >= last):
-                problem = f"its key is outside this shard's range, {first} to {last}"
-            previous = int(key)
-        if problem:
+        while (gap := min(offset - tar.at, _PIECE)) and tar.read(gap):
+            pass
+        data = tar.read(length)
+        if len(data) < length:
+            if record.bytes < offset + length:
+                yield f"{record.stem}.npy: row {n} ends beyond the tar"
+            return
+        key, problem = inspector.inspect(data, row)
+        if problem := problem or keys.follow(key):
             yield f"{record.name}: sample {key if key is not None else f'in row {n}'}: {problem}"
-    if len(rows) == record.samples:
-        rest = tar.read()
-        if rest.strip(b"\0") or len(rest) < 2 * _BLOCK:
-            yield f"{record.name}: no end-of-archive mark after the last sample, or something follows it"
+    if len(rows) == record.samples and not shards.settings.get("foreign") and tar.zeros() < 2 * _BLOCK:
+        yield f"{record.name}: no end-of-archive mark after the last sample, or something follows it"
 
 
-def _inspect(data: bytes, row: np.void, shards: ShardSet) -> tuple[str | None, str | None]:
-    """One sample's bytes: its key if it can be told, and what is wrong with it, if anything."""
-    key: str | None = None
-    members: dict[str, tarfile.TarInfo] = {}
-    problem = None
-    end = 0
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                name = _MEMBER.fullmatch(member.name)
-                if not name or not member.isreg() or (key is not None and name[1] != key) or name[2] in members:
-                    problem = f"member {member.name!r} has no place in it"
-                    break
-                key = name[1]
-                members[name[2]] = member
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        problem = f"damaged headers ({error})"
-    if zlib.crc32(data) != row["crc32"]:
-        return key, "its bytes do not have the crc32 of the sidecar"
-    if problem is None and end != len(data):
-        problem = "the sidecar's length is not that of its members"
-    return key, problem or _inspect_members(data, members, row, shards)
+class _Keys:
+    """The keys of our own shards ascend, and tell which shard they belong to; those of others say nothing."""
 
+    def __init__(self, shards: ShardSet, record: ShardRecord) -> None:
+        self._last: int | None = None
+        self._previous, self._first = -1, 0
+        self._is_foreign = bool(shards.settings.get("foreign"))
+        shard_samples = shards.settings.get("shard_samples")
+        number = re.search(r"[-_](\d{6,})\.tar$", record.name)
+        if isinstance(shard_samples, int) and number:
+            self._first = int(number[1]) * shard_samples
+            self._last = self._first + shard_samples
 
-def _inspect_members(data: bytes, members: dict[str, tarfile.TarInfo], row: np.void, shards: ShardSet) -> str | None:
-    payload = {name: data[m.offset_data : m.offset_data + m.size] for name, m in members.items()}
-    images = [name for name in payload if name not in ("cls", "json")]
-    if len(images) != 1:
-        return f"{len(images)} images in it, not one"
-    return _inspect_labels(payload, row, shards) or _inspect_image(members[images[0]], payload[images[0]], row, shards)
-
-
-def _inspect_labels(payload: dict[str, bytes], row: np.void, shards: ShardSet) -> str | None:
-    if payload.get("cls", b"-1") != str(row["label"]).encode():
-        return "its class is not that of the sidecar"
-    if shards.classes is not None and not -1 <= row["label"] < len(shards.classes):
-        return f"class {row['label']} is not one of the {len(shards.classes)} of the index"
-    try:
-        json.loads(payload.get("json", b"{}"))
-    except ValueError:
-        return "its KEY.json is not JSON"
-    return None
-
-
-def _inspect_image(member: tarfile.TarInfo, image: bytes, row: np.void, shards: ShardSet) -> str | None:
-    if (member.offset_data, member.size) != (row["image_offset"], row["image_length"]):
-        return "its image is not where the sidecar says"
-    try:
-        shape = decode(image, shards.channels).shape
-    except Rejected as rejected:
-        return f"its image cannot be decoded ({rejected.reason})"
-    expected = (*shards.size, shards.channels)
-    return None if shape == expected else f"its image is {shape}, the index says {expected}"
+    def follow(self, key: str | None) -> str | None:
+        """What is wrong with the next key."""
+        if key is None or self._is_foreign:
+            return None
+        previous, self._previous = self._previous, int(key)
+        if int(key) <= previous:
+            return "its key is not above the one before it"
+        if int(key) < self._first or (self._last is not None and int(key) >= self._last):
+            return f"its key is outside this shard's range, {self._first} to {self._last}"
+        return None

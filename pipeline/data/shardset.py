@@ -223,7 +223,7 @@ def write_papers(directory: str, stem: str, rows: NDArray[np.void], remembered: 
 
 def read_record(directory: str, stem: str) -> ShardRecord | None:
     """A shard's record, or None if the shard is not committed or its tar has another size than it says."""
-    base = storage.join(directory, stem)
+    base = place(directory, stem)
     try:
         record = ShardRecord.parse(storage.read_json(f"{base}.json"))
         tar = place(directory, record.name) if record.sidecar else f"{base}.tar"
