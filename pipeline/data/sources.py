@@ -41,6 +41,7 @@ _UNREADABLE = (
 _AT_ONCE = 8192
 _THREADS = 16
 _AHEAD, _AHEAD_BYTES = 2 * _THREADS, 1 << 26
+_TOGETHER, _TOGETHER_BYTES = 8, 1 << 20
 _READ = (
     "a folder, .zip, .tar, .tar.gz, .tgz or .tar.zst archive, .parquet table, .npz or .npy array, "
     "CIFAR batch (.bin, or data_batch_1 and the like), picture file, or a pattern of such"
@@ -145,27 +146,45 @@ class Reader:
             DataError: as `read`.
         """
         parallel = all(self._sources[item.source].parallel for item in items)
-        waiting: deque[tuple[Future[bytes | Rejected], int]] = deque()
-        held = 0
-        pool = ThreadPoolExecutor(_THREADS if parallel else 1)
+        # Handing over costs as much as reading a small local file.
+        threads, together = (_THREADS, 1) if parallel else (1, _TOGETHER)
+        waiting: deque[tuple[Future[list[bytes | Rejected]], int, int]] = deque()
+        held = held_bytes = 0
+        pool = ThreadPoolExecutor(threads)
         try:
-            for item in items:
-                while waiting and (len(waiting) >= _AHEAD or held + item.size > _AHEAD_BYTES):
-                    future, size = waiting.popleft()
-                    held -= size
-                    yield future.result()
-                waiting.append((pool.submit(self._verdict, item), item.size))
-                held += item.size
+            for group in _groups(items, together):
+                size = sum(item.size for item in group)
+                while waiting and (held + len(group) > _AHEAD or held_bytes + size > _AHEAD_BYTES):
+                    future, count, count_bytes = waiting.popleft()
+                    yield from future.result()
+                    held, held_bytes = held - count, held_bytes - count_bytes
+                waiting.append((pool.submit(self._verdicts, group), len(group), size))
+                held, held_bytes = held + len(group), held_bytes + size
             while waiting:
-                yield waiting.popleft()[0].result()
+                yield from waiting.popleft()[0].result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _verdicts(self, items: Sequence[Input]) -> list[bytes | Rejected]:
+        return [self._verdict(item) for item in items]
 
     def _verdict(self, item: Input) -> bytes | Rejected:
         try:
             return self.read(item)
         except Rejected as verdict:
             return verdict
+
+
+def _groups(items: Sequence[Input], together: int) -> Iterator[list[Input]]:
+    """At most so many small items at a time, in order; large ones alone."""
+    group: list[Input] = []
+    for item in items:
+        if group and (len(group) == together or sum(other.size for other in group) + item.size > _TOGETHER_BYTES):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 def _sources(urls: Sequence[str]) -> list[Source]:
