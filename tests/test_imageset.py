@@ -253,6 +253,10 @@ def test_a_set_inside_its_source_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="lies inside the source"):
             imageset.refuse_nesting([str(tmp_path / "in")], str(tmp_path / out))
     imageset.refuse_nesting([str(tmp_path / "in")], str(tmp_path / "inside"))
+    for source in (f"file://{tmp_path}/in", f"{tmp_path}/in/**/*.png"):
+        with pytest.raises(ConfigError, match="lies inside the source"):
+            imageset.refuse_nesting([source], str(tmp_path / "in" / "set"))
+    imageset.refuse_nesting([f"{tmp_path}/in/*.tar"], str(tmp_path / "in" / "set"))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from pipeline import storage
+from pipeline.data import patterns
 from pipeline.data.dedupe import Seen
 from pipeline.data.intake import Made, Placed, Settings
 from pipeline.data.parts import publish, totals
@@ -281,7 +282,8 @@ def refuse_nesting(urls: Sequence[str], out: str) -> None:
         return
     place = os.path.realpath(storage.local(out))
     for url in urls:
-        if not storage.is_remote(url) and f"{place}/".startswith(os.path.realpath(storage.local(url)) + "/"):
+        folder = patterns.root(url) if "**" in url else url
+        if not storage.is_remote(url) and f"{place}/".startswith(os.path.realpath(storage.local(folder)) + "/"):
             raise ConfigError(f"--out {out} lies inside the source {url}: choose a place outside of it")
 
 
