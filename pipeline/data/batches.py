@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -40,6 +40,8 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.noise import Use, integers
 
 _GRACE_S = 2.0
+_AHEAD = 2  # steps that a worker is ahead of the rank
+_DRAWN_STEPS = 32  # flips are drawn for so many steps at a time; no effect on what they are
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,13 @@ class _Encoded(NamedTuple):
     label: int
 
 
-class _Chunk(NamedTuple):
-    """One worker's part of a step. Only the images, few and large, go through shared memory."""
+_Decoded = tuple[int, int, NDArray[np.uint8]]
+"""Position, label, image (H, W, C)."""
 
-    images: Tensor  # uint8, (B, C, H, W)
+
+class _Chunk(NamedTuple):
+    """One worker's part of a step, without the images: those it has put into the step's slot."""
+
     labels: NDArray[np.int64]
     positions: NDArray[np.int64]
     retries: int  # of reading, by the process that made it, so far
@@ -115,11 +120,17 @@ class Batches:
         self._global_batch = order.global_batch
         self._retries = [0] * max(workers, 1)
         self._pin = pin
+        # A step's slot is used again `_AHEAD + 1` steps later. torch asks a worker for that step when the rank fetches
+        # the next one, and by then it has copied this one: a step's images are never overwritten before they are taken.
+        slots = torch.empty((_AHEAD + 1, len(self._positions), shards.channels, *shards.size), dtype=torch.uint8)
+        if workers:
+            slots.share_memory_()  # type: ignore[no-untyped-call]
+        self._slots = cycle(slots)
         pipeline = DataPipeline(
             partial(_read_lanes, shards, order, lanes, start),
             partial(_decode, shards),
-            partial(_stack, shards, order, lanes),
-            partial(_flip, order.seed) if flip else None,
+            partial(_flip, order, lanes, start) if flip else None,
+            partial(_stack, slots, lanes),
             _errors_as_items,
         )
         self._iterator = _start(pipeline, workers)
@@ -140,8 +151,8 @@ class Batches:
         assert torch.equal(positions, self._positions), "the loader gave other samples than the order says"
         self._positions = positions + self._global_batch
         self._retries = [chunk.retries for chunk in chunks]
-        images = torch.empty((len(positions), *chunks[0].images.shape[1:]), dtype=torch.uint8, pin_memory=self._pin)
-        torch.cat([chunk.images for chunk in chunks], out=images)
+        slot = next(self._slots)
+        images = torch.empty(slot.shape, dtype=torch.uint8, pin_memory=self._pin).copy_(slot)
         return Batch(images, torch.from_numpy(np.concatenate([chunk.labels for chunk in chunks])), positions)
 
     @property
@@ -205,8 +216,9 @@ def read_all(shards: ShardSet, limit: int | None = None, share: tuple[int, int] 
     with closing(_Reader(shards)) as reader:
         places = ((i, _place(ends, i * shards.samples // count)) for i in chosen)
         encoded = (_Encoded(i, place, *reader.read(place)) for i, place in places)
-        chunk = _stacked(shards, _decode(shards, encoded), len(chosen))
-    return Batch(chunk.images, torch.from_numpy(chunk.labels), torch.from_numpy(chunk.positions))
+        images = torch.empty((len(chosen), shards.channels, *shards.size), dtype=torch.uint8)
+        chunk = _stacked(images.numpy(), _decode(shards, encoded))
+    return Batch(images, torch.from_numpy(chunk.labels), torch.from_numpy(chunk.positions))
 
 
 def _place(ends: NDArray[np.int64], number: int) -> Place:
@@ -287,8 +299,8 @@ def _read_lane(shards: ShardSet, order: Order, lane: int, start: int) -> Iterato
             yield _Encoded(position, place, *held.pop(place))
 
 
-def _decode(shards: ShardSet, samples: Iterable[_Encoded]) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
-    """Stage 2: (position, label, image (H, W, C))."""
+def _decode(shards: ShardSet, samples: Iterable[_Encoded]) -> Iterator[_Decoded]:
+    """Stage 2."""
     shape, decode = (*shards.size, shards.channels), decoder(shards)
     for position, place, data, label in samples:
         try:
@@ -300,29 +312,33 @@ def _decode(shards: ShardSet, samples: Iterable[_Encoded]) -> Iterator[tuple[int
         yield position, label, image
 
 
-def _stack(
-    shards: ShardSet, order: Order, lanes: range, samples: Iterable[tuple[int, int, NDArray[np.uint8]]]
-) -> Iterator[_Chunk]:
-    """Stage 3: this process's samples of a step as one tensor."""
-    samples = iter(samples)
+def _flip(order: Order, lanes: range, start: int, samples: Iterable[_Decoded]) -> Iterator[_Decoded]:
+    """Stage 3: each image left to right with probability 1/2, by (seed, position)."""
+    of_step = order.global_batch // order.lanes
+    nth = start + np.arange(_DRAWN_STEPS * of_step).reshape(-1, 1, of_step)
+    positions = (np.array(_own_lanes(lanes))[:, None] + order.lanes * nth).ravel()
     while True:
-        yield _stacked(shards, samples, len(_own_lanes(lanes)) * order.global_batch // order.lanes)
+        flipped = integers(order.seed, torch.from_numpy(positions), Use.FLIP, 2).tolist()
+        for is_flipped, (position, label, image) in zip(flipped, samples):
+            yield position, label, image[:, ::-1] if is_flipped else image
+        positions += _DRAWN_STEPS * order.global_batch
 
 
-def _stacked(shards: ShardSet, samples: Iterable[tuple[int, int, NDArray[np.uint8]]], count: int) -> _Chunk:
-    images = np.empty((count, shards.channels, *shards.size), dtype=np.uint8)
-    labels, positions = np.empty((2, count), dtype=np.int64)
-    for i, (position, label, image) in enumerate(islice(samples, count)):
+def _stack(slots: Tensor, lanes: range, samples: Iterable[_Decoded]) -> Iterator[_Chunk]:
+    """Stage 4: this process's samples of a step, side by side in its rows of the step's slot, (B, C, H, W)."""
+    own, of_lane = _own_lanes(lanes), slots.shape[1] // len(lanes)
+    rows = slice(of_lane * (own.start - lanes.start), of_lane * (own.stop - lanes.start))
+    samples = iter(samples)
+    for slot in cycle(slots.numpy()):
+        yield _stacked(slot[rows], samples)
+
+
+def _stacked(images: NDArray[np.uint8], samples: Iterable[_Decoded]) -> _Chunk:
+    """Fill `images`, (B, C, H, W), with the next samples."""
+    labels, positions = np.empty((2, len(images)), dtype=np.int64)
+    for i, (position, label, image) in enumerate(islice(samples, len(images))):
         images[i], labels[i], positions[i] = image.transpose(2, 0, 1), label, position
-    return _Chunk(torch.from_numpy(images), labels, positions, storage.retries())
-
-
-def _flip(seed: int, chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
-    """Stage 4: each image left to right with probability 1/2, by (seed, position)."""
-    for chunk in chunks:
-        flipped = integers(seed, torch.from_numpy(chunk.positions), Use.FLIP, 2) == 1
-        chunk.images[flipped] = chunk.images[flipped].flip(-1)
-        yield chunk
+    return _Chunk(labels, positions, storage.retries())
 
 
 def _errors_as_items(chunks: Iterable[_Chunk]) -> Iterator[_Chunk | PipelineError]:
@@ -343,6 +359,7 @@ def _start(pipeline: DataPipeline, workers: int) -> Iterator[_Chunk | PipelineEr
         collate_fn=_as_is,
         generator=torch.Generator(),  # else torch draws a seed for the workers, which need none, from the global one
         num_workers=workers,
+        prefetch_factor=_AHEAD if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_worker_started,
     )

@@ -347,7 +347,8 @@ def decode(data: bytes, channels: int) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
-            array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            mode = "L" if channels == 1 else "RGB"
+            array = np.asarray(image if image.mode == mode else image.convert(mode))
     except Exception as error:
         raise Rejected("damaged") from error
     return array.reshape(*array.shape[:2], channels)

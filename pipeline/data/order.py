@@ -9,7 +9,6 @@ forwards, and never holds B samples. Ranks come last, in `rank_lanes`; nothing a
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -90,15 +89,15 @@ class Order:
             lengths = self._given((epoch + 1) * self.samples) - before
             key, done = mix(self.seed, epoch, lane), start - int(before[lane])
             first, layout = int(lengths[:lane].sum()), _layout(self.seed, epoch, self.shard_samples)
-            unread: deque[tuple[int, Place]] = deque()
-            for reads, gives in shuffled(key, int(lengths[lane]), self.window, done):
-                unread.extend(zip(reads.tolist(), layout.places(first + reads)))
-                for index, place in zip(gives.tolist(), layout.places(first + gives)):
-                    ahead = []
-                    while unread and unread[0][0] <= index:
-                        ahead.append(unread.popleft()[1])
-                    yield Item(lane + self.lanes * start, place, ahead)
-                    start += 1
+            unread = np.empty(0, dtype=np.int64)
+            for named, gives in shuffled(key, int(lengths[lane]), self.window, done):
+                unread = np.append(unread, named)
+                places, read = layout.places(first + unread), 0
+                needs = np.maximum.accumulate(np.searchsorted(unread, gives, side="right"))
+                for place, needed in zip(layout.places(first + gives), needs.tolist()):
+                    yield Item(lane + self.lanes * start, place, places[read:needed])
+                    start, read = start + 1, needed
+                unread = unread[read:]
 
     def _given(self, position: int) -> NDArray[np.int64]:
         """How many positions below this one each lane has, (V,)."""
