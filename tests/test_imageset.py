@@ -112,7 +112,10 @@ def test_an_input_lost_from_the_books_is_a_finding(tmp_path: Path) -> None:
     record = tmp_path / "set" / "set-000000.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"rejected": []}))
     path.write_text("")
-    assert verify(str(tmp_path / "set")) == ["index.json: 1 of 10 inputs are neither a sample nor in rejected.jsonl"]
+    assert verify(str(tmp_path / "set")) == [
+        "set-000000.json: differs from the index in what its counts add up to (of another shard, or changed)",
+        "index.json: 1 of 10 inputs are neither a sample nor in rejected.jsonl",
+    ]
 
 
 def test_the_index_says_what_the_set_is(tmp_path: Path) -> None:

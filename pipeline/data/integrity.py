@@ -12,12 +12,13 @@ import signal
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.synchronize import Event
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.data.foreign import decoder
 from pipeline.data.inspection import Inspector
 from pipeline.data.parts import totals
 from pipeline.data.shardset import (
@@ -35,6 +36,13 @@ _BLOCK, _PIECE = tarfile.BLOCKSIZE, 1 << 20
 _SHARD_FILE = re.compile(r".*\d{6,}\.(tar|npy|json)")
 _UNREADABLE = (DataError, OSError, ValueError, KeyError, TypeError, AttributeError)
 """What comes of reading a file that holds something else than it should."""
+
+_RECORDS = {
+    "preprocessing": ("settings", "source", "classes", "counts", "rejected"),
+    "foreign": ("settings", "counts", "rejected", "picture_sizes"),
+    "checkpoint_sha256": ("provenance",),
+}
+"""What records hold, by a setting that tells who made the set."""
 
 Check = Callable[[ShardSet], Iterable[list[str]]]
 
@@ -59,6 +67,7 @@ def verify(url: str, shards_of: Check = in_turn) -> list[str]:
     """
     try:
         shards = ShardSet.indexed(url)
+        decoder(shards)
     except (DataError, OSError, RecursionError) as error:
         return [str(error)]
     findings = [*_strangers(shards), *_verify_index(shards)]
@@ -86,6 +95,8 @@ def _verify_index(shards: ShardSet) -> Iterator[str]:
     for name, value in {"size": list(shards.size), "channels": shards.channels}.items():
         if settings.get(name) not in (None, value):
             yield f"{INDEX}: `{name}` is {value}, `settings` has {settings[name]}"
+    if not all(isinstance(name, str) for name in shards.classes or ()):
+        yield f"{INDEX}: `classes` are not names"
     if "checkpoint_sha256" in settings and source != f"checkpoint {settings['checkpoint_sha256']}":
         yield f"{INDEX}: `source` is not the checkpoint of `settings`"
     if settings.get("foreign"):
@@ -96,32 +107,43 @@ def _verify_index(shards: ShardSet) -> Iterator[str]:
 
 def _verify_sums(shards: ShardSet) -> Iterator[str]:
     """The list of rejected inputs, the totals and the source against the shards' records."""
-    counts = shards.counts
-    if "taken" in counts and counts["taken"] != shards.samples:
-        yield f"{INDEX}: `counts` has {counts['taken']} taken, the shards have {shards.samples} samples"
-    if "inputs" not in counts:
-        return
+    taken = shards.counts.get("taken")
+    if taken != shards.samples and (shards.counts or "checkpoint_sha256" in shards.settings):
+        yield f"{INDEX}: `counts` has {taken} taken, the shards have {shards.samples} samples"
     records = [record for i in range(len(shards.shards)) if (record := _record(shards, i)[0])]
-    place = storage.join(shards.url, REJECTED)
+    if not any("counts" in record.extra for record in records):
+        return
     try:
-        lines = rejected_lines(records)
-        if not storage.exists(place) or storage.read_bytes(place) != lines:
-            yield f"{REJECTED}: missing, or not what the shards' records say"
-        missing = counts["inputs"] - shards.samples - lines.count(b"\n")
-        if missing:
-            yield f"{INDEX}: {missing} of {counts['inputs']} inputs are neither a sample nor in {REJECTED}"
+        yield from _verify_rejected(shards, records)
         if len(records) == len(shards.shards):
-            told = totals(records, shards.classes)
-            wrong = [name for name in counts | told if counts.get(name) != told.get(name)]
-            if list(told["classes"] or ()) != list(counts["classes"] or ()):
-                wrong.append("the order of classes")
-            if wrong:
-                yield f"{INDEX}: `counts` or `classes` are not what the records add up to: {', '.join(wrong)}"
+            yield from _verify_totals(shards, records)
     except _UNREADABLE as error:
-        yield f"{REJECTED}, or the counts in the records: cannot be compared with the index ({error!r})"
-    sources = [record.extra.get("source") for record in records if isinstance(record.extra.get("source"), dict)]
+        yield f"{INDEX}: cannot be compared with the sums of the records ({error!r})"
+
+
+def _verify_rejected(shards: ShardSet, records: list[ShardRecord]) -> Iterator[str]:
+    place, lines = storage.join(shards.url, REJECTED), rejected_lines(records)
+    if not storage.exists(place) or storage.read_bytes(place) != lines:
+        yield f"{REJECTED}: missing, or not what the shards' records say"
+    missing = shards.counts["inputs"] - shards.samples - lines.count(b"\n")
+    if missing:
+        yield f"{INDEX}: {missing} of {shards.counts['inputs']} inputs are neither a sample nor in {REJECTED}"
+
+
+def _verify_totals(shards: ShardSet, records: list[ShardRecord]) -> Iterator[str]:
+    counts, told = shards.counts, totals(records, shards.classes)
+    wrong = [name for name in counts | told if counts.get(name) != told.get(name)]
+    if list(told["classes"] or ()) != list(counts["classes"] or ()):
+        wrong.append("the order of classes")
+    if wrong:
+        yield f"{INDEX}: `counts` or `classes` are not what the records add up to: {', '.join(wrong)}"
+    sources = [record.extra["source"] for record in records if "source" in record.extra]
     if sources and shards.source not in sources:
         yield f"{INDEX}: `source` is that of no record"
+    if shards.settings.get("foreign") and shards.settings.get("size") is None:
+        sizes = {str(size) for record in records for size in record.extra["picture_sizes"]}
+        if sizes != {"x".join(map(str, shards.size))}:
+            yield f"{INDEX}: `size` is {list(shards.size)}, the records have {', '.join(sorted(sizes))}"
 
 
 class Checker(NamedTuple):
@@ -135,7 +157,7 @@ class Checker(NamedTuple):
 def check(checker: Checker, numbers: Iterable[int]) -> Iterator[list[str]]:
     """The findings in each of these shards: in its record, its sidecar and its tar."""
     for i in numbers:
-        yield [*_verify_record(checker.shards, i), *_verify_shard(checker, i)]
+        yield _verify_shard(checker, i)
 
 
 def bury(i: int, exit_code: int) -> list[str]:
@@ -155,24 +177,53 @@ def _record(shards: ShardSet, i: int) -> tuple[ShardRecord | None, str]:
         return None, f"{name}: not the record of a shard ({error})"
 
 
-def _verify_record(shards: ShardSet, i: int) -> Iterator[str]:
+def _verify_record(shards: ShardSet, i: int, rows: NDArray[np.void] | None) -> Iterator[str]:
     indexed = shards.shards[i]
     record, problem = _record(shards, i)
     if record is None:
         yield problem
         return
+    differing = _differing(record, indexed, shards)
+    if rows is not None and "counts" in record.extra and not _is_counted(record, rows):
+        differing.append("what its counts add up to")
+    if differing:
+        yield f"{indexed.stem}.json: differs from the index in {', '.join(differing)} (of another shard, or changed)"
+
+
+def _differing(record: ShardRecord, indexed: ShardRecord, shards: ShardSet) -> list[str]:
+    """Names of what a record says otherwise than the index, or does not say."""
     then, now = record.entry(), indexed.entry()
     if not indexed.sidecar:  # the tar lies beside its record, which says nothing of where that is
         now["name"] = now["name"].rpartition("/")[2]
     differing = [key for key in then | now if then.get(key) != now.get(key)]
+    for kind, names in _RECORDS.items():
+        if kind in shards.settings:
+            differing += [name for name in names if name not in record.extra]
     for name in ("settings", "provenance"):
         if record.extra.get(name, shards.settings) != shards.settings:
             differing.append(name)
+    if "source" in record.extra and _identity(record.extra["source"]) != _identity(shards.source):
+        differing.append("source")
     classes = record.extra.get("classes")
     if classes is not None and classes != list(shards.classes or ()):
         differing.append("classes")
-    if differing:
-        yield f"{indexed.stem}.json: differs from the index in {', '.join(differing)} (of another shard, or changed)"
+    return differing
+
+
+def _is_counted(record: ShardRecord, rows: NDArray[np.void]) -> bool:
+    """Whether a record's counts are those of its samples and of what it says was rejected."""
+    labels, numbers = np.unique(rows["label"][rows["label"] >= 0], return_counts=True)
+    try:
+        counts, rejected = record.extra["counts"], record.extra["rejected"]
+        classes = dict(zip(map(str, labels.tolist()), numbers.tolist()))
+        return [counts["taken"], counts["inputs"], counts["classes"]] == [len(rows), len(rows) + len(rejected), classes]
+    except (KeyError, TypeError):
+        return False
+
+
+def _identity(source: Any) -> Any:
+    """Jobs that make parts of one set may name its source differently."""
+    return {**source, "urls": None} if isinstance(source, dict) else source
 
 
 class _Hashed:
@@ -199,11 +250,11 @@ class _Hashed:
 
 def _verify_shard(checker: Checker, i: int) -> list[str]:
     shards, record = checker.shards, checker.shards.shards[i]
-    findings: list[str] = []
     try:
         rows = shards.sidecar(i)
+        findings = [*_verify_record(shards, i, rows)]
     except (DataError, OSError, ValueError, EOFError) as error:
-        findings.append(f"{record.stem}.npy: {error}")
+        findings = [*_verify_record(shards, i, None), f"{record.stem}.npy: {error}"]
         rows = np.zeros(0, SIDECAR)
     try:
         with storage.open_read(shards.tar(i)) as file:

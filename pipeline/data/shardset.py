@@ -92,9 +92,10 @@ class ShardRecord:
         """
         extra = value | {}
         known = {name: extra.pop(name) for name in _INDEXED}
-        if wrong := [name for name, kind in _INDEXED.items() if not isinstance(known[name], kind)]:
-            raise TypeError(f"{', '.join(wrong)} of the wrong kind")
-        return ShardRecord(**known, sidecar=extra.pop("sidecar", None), extra=extra)
+        sidecar = extra.pop("sidecar", None)
+        if not isinstance(sidecar, str | None) or not all(isinstance(known[name], _INDEXED[name]) for name in known):
+            raise TypeError("a value of the wrong kind")
+        return ShardRecord(**known, sidecar=sidecar, extra=extra)
 
     def entry(self) -> dict[str, Any]:
         """The shard's line in the index."""
@@ -345,8 +346,8 @@ class ShardSet:
             if index["version"] != VERSION:
                 raise DataError(f"{file} has format {index['version']}, this program reads {VERSION}: upgrade it")
             height, width = map(int, index["size"])
-            if index["channels"] not in (1, 3):
-                raise ValueError(f"{index['channels']} channels")
+            if index["channels"] not in (1, 3) or not isinstance(index["classes"], list | None):
+                raise ValueError("of `channels` or `classes`")
             shards = tuple(ShardRecord.parse(entry) for entry in index["shards"])
             if index["samples"] != sum(record.samples for record in shards):
                 raise DataError(f"{file}: `samples` is not the sum over the shards: damaged; {_REMAKE}")
