@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.data import foreign, patterns, pool
 from pipeline.data.foreign import Indexer, Labels, Settings, Tar
 from pipeline.data.opened import SourceFile
-from pipeline.data.parts import collect, is_part, publish, reference
+from pipeline.data.parts import collect, is_part, publish, reference, refuse_too_many_bad
 from pipeline.data.shardset import INDEX, REJECTED, ShardRecord, ShardSet, read_record
 from pipeline.data.summary import Summary
 from pipeline.errors import ConfigError, DataError, Stopped
@@ -75,7 +75,7 @@ def index(
         _refuse_other(out, settings.as_json(), {})
         read = _read(listed, out, settings, workers or len(os.sched_getaffinity(0)), quiet)
         counts = _publish(listed, out, settings)
-    _refuse_too_many_bad(counts, max_bad_fraction, storage.join(out, REJECTED))
+    refuse_too_many_bad(out, counts, max_bad_fraction)
     seconds = time.monotonic() - started
     return Summary(
         out=out,
@@ -225,15 +225,3 @@ def _join(urls: list[str], out: str) -> dict[str, Any]:
         source=source,
         settings=settings,
     )
-
-
-def _refuse_too_many_bad(counts: dict[str, Any], max_bad_fraction: float, place: str) -> None:
-    bad = counts["inputs"] - counts["taken"]
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts["rejected"].items())
-    if not counts["taken"]:
-        raise DataError(f"not one of {bad} samples has a readable picture ({reasons}): {place} names each")
-    if bad > max_bad_fraction * counts["inputs"]:
-        raise DataError(
-            f"{bad} of {counts['inputs']} samples were rejected ({reasons}), more than --max-bad-fraction "
-            f"{max_bad_fraction:g} allows: {place} names each; the set is written, with the other {counts['taken']}"
-        )

@@ -22,7 +22,8 @@ from pipeline.data.grid import grid
 from pipeline.data.images import ImageFormat, encode
 from pipeline.data.imageset import ImageSet
 from pipeline.data.intake import Crop, Intake, Made, Settings
-from pipeline.data.shardset import REJECTED, ShardSet
+from pipeline.data.parts import refuse_too_many_bad
+from pipeline.data.shardset import ShardSet
 from pipeline.data.sources import Reader, list_inputs
 from pipeline.data.summary import Summary
 from pipeline.errors import ConfigError, DataError, Stopped
@@ -135,7 +136,7 @@ def shard(
                 _write_preview(out, preview)
             if network and counts["taken"]:
                 _store_reference(out, network, interrupt, quiet)
-            _refuse_too_many_bad(counts, max_bad_fraction, storage.join(out, REJECTED))
+            refuse_too_many_bad(out, counts, max_bad_fraction)
             _warn_of_empty_classes(counts)
             _warn_of_idle_rows(labels, listing.rows_without_input)
     return Summary(
@@ -257,15 +258,3 @@ def _warn_of_empty_classes(counts: dict[str, Any]) -> None:
 def _warn_of_idle_rows(file: str, rows: int) -> None:
     if rows:
         sys.stderr.write(f"warning: {rows} rows of {file} name no input: of another part of the data, or misspelt\n")
-
-
-def _refuse_too_many_bad(counts: dict[str, Any], max_bad_fraction: float, place: str) -> None:
-    bad = counts["inputs"] - counts["taken"]
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts["rejected"].items())
-    if not counts["taken"]:
-        raise DataError(f"not one of {bad} inputs is a readable picture ({reasons}): {place} names each")
-    if bad > max_bad_fraction * counts["inputs"]:
-        raise DataError(
-            f"{bad} of {counts['inputs']} inputs were rejected ({reasons}), more than --max-bad-fraction "
-            f"{max_bad_fraction:g} allows: {place} names each; the set is written, with the other {counts['taken']}"
-        )

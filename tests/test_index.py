@@ -331,10 +331,10 @@ def test_overwriting_with_another_job_never_touches_the_tars_of_others(tmp_path:
 def test_too_many_bad_samples_end_in_3_with_the_set_written(tmp_path: Path) -> None:
     tar = tarred(tmp_path / "a.tar", [("a.png", GOOD), ("b.png", b"bad")])
     refused = ddpm("index", tar, "--out", tmp_path / "set", "--quiet")
-    assert refused.returncode == 3 and "1 of 2 samples were rejected (1 not_an_image)" in refused.stderr
+    assert refused.returncode == 3 and "1 of 2 inputs were rejected (1 not_an_image)" in refused.stderr
     assert ShardSet.open(str(tmp_path / "set")).samples == 1
     bad = tarred(tmp_path / "b.tar", [("b.png", b"bad")])
-    with pytest.raises(DataError, match=r"not one of 1 samples has a readable picture \(1 not_an_image\)"):
+    with pytest.raises(DataError, match=r"not one of 1 inputs is a readable picture \(1 not_an_image\)"):
         index([bad], str(tmp_path / "none"), quiet=True)
 
 

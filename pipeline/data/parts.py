@@ -88,6 +88,23 @@ def publish(
     return counts
 
 
+def refuse_too_many_bad(out: str, counts: dict[str, Any], max_bad_fraction: float) -> None:
+    """Judge a set that is written by how much was rejected.
+
+    Raises:
+        DataError: everything, or more than this share.
+    """
+    bad, place = counts["inputs"] - counts["taken"], storage.join(out, REJECTED)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts["rejected"].items())
+    if not counts["taken"]:
+        raise DataError(f"not one of {bad} inputs is a readable picture ({reasons}): {place} names each")
+    if bad > max_bad_fraction * counts["inputs"]:
+        raise DataError(
+            f"{bad} of {counts['inputs']} inputs were rejected ({reasons}), more than --max-bad-fraction "
+            f"{max_bad_fraction:g} allows: {place} names each; the set is written, with the other {counts['taken']}"
+        )
+
+
 def reference(out: str, tar: str) -> str:
     """What a set calls a tar: its path from the set if it lies in the set's parent folder or below, else where it is.
 
