@@ -42,7 +42,7 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
     return run
 
 
-@pytest.mark.parametrize("job", ["shard", "verify", "train", "sample"])
+@pytest.mark.parametrize("job", ["shard", "verify", "index", "train", "sample"])
 def test_help_explains_every_option(job: str) -> None:
     options = [parameter for parameter in get_command(app).commands[job].params if parameter.name != "help"]  # type: ignore[attr-defined]
     assert options

@@ -71,7 +71,7 @@ def changed(document: Any, path: Path_) -> Iterator[Any]:
     for key in path[:-1]:
         place = place[key]
     was = place[path[-1]]
-    others: list[Any] = [was + 1 if isinstance(was, int | float) else f"{was}x", [5], {"a": {}}, "x", -1]
+    others: list[Any] = [was + 1 if isinstance(was, int | float) else f"{was}x", [5], {"a": {}}, "x", -1, 1]
     for value in others:
         if value != was:
             place[path[-1]] = value
@@ -182,7 +182,8 @@ def test_tars_and_sidecars_that_change_places_are_found(damaged: Path) -> None:
         b.write_bytes(before[0])
         findings = verify(str(damaged))
         named = {finding.split(":")[0].rpartition("/")[2] for finding in findings}
-        assert {a.name, b.name} <= named | {""} and len(findings) >= 2
+        assert {a.name, b.name} <= named
+        assert a.suffix != ".tar" or "holds the bytes of" in "".join(findings)
         a.write_bytes(before[0])
         b.write_bytes(before[1])
     assert verify(str(damaged)) == []

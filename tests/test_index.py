@@ -6,7 +6,12 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,16 +21,16 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.data import foreign
+from pipeline.data import foreign, integrity
 from pipeline.data.batches import read_all
-from pipeline.data.foreign import Settings, scan
+from pipeline.data.foreign import Settings, Tar, scan
 from pipeline.data.images import to_picture
 from pipeline.data.shardset import ShardSet
 from pipeline.errors import ConfigError, DataError, Stopped
 from pipeline.index import index
 from pipeline.shard import shard
 from pipeline.verify import verify
-from tests.launch import TINY, ddpm
+from tests.launch import ENVIRONMENT, TINY, ddpm
 
 Members = dict[str, bytes]
 
@@ -157,8 +162,12 @@ def test_what_cannot_be_trained_on_is_a_line_with_its_reason_and_the_rest_is_tak
 def test_a_sample_too_large_to_hold_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is that of pictures; here it is lowered, which a worker process would not know of."""
     monkeypatch.setattr(foreign, "MAX_BYTES", 3_000_000)
-    members = [("a.png", GOOD), ("a.mp4", bytes(5_000_000)), ("a.cls", b"0"), ("b.png", GOOD), ("b.cls", b"1")]
-    found = scan(tarred(tmp_path / "a.tar", members), Settings(None, 3, "auto"), lambda: None)
+    members = [("a.png", GOOD), ("a.mp4", bytes(100_000_000)), ("a.cls", b"0"), ("b.png", GOOD), ("b.cls", b"1")]
+    tar = tarred(tmp_path / "a.tar", members)
+    tracemalloc.start()
+    found = scan(tar, Settings(None, 3, "auto"), lambda: None)
+    assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    tracemalloc.stop()
     assert [getattr(one, "reason", "") for one in found.samples.values()] == ["too_many_bytes", ""]
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert found.rows["offset"][0] == tar.getmember("b.png").offset
@@ -276,6 +285,28 @@ def test_a_job_that_is_stopped_goes_on_to_the_same_bytes(tmp_path: Path, monkeyp
     for workers in (1, 3):
         index(urls, str(tmp_path / "set"), workers=workers, quiet=True)
         assert files(tmp_path / "set") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_ends_in_75_within_a_sample(tmp_path: Path, number: signal.Signals) -> None:
+    large = tarred(tmp_path / "a.tar", [(f"{i}.png", GOOD) for i in range(20_000)])
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "index", large, "--out"]
+    process = subprocess.Popen(
+        [*command, tmp_path / "set", "--quiet"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    while not (tmp_path / "set").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert errors == f"ddpm: stopped by {number.name}: the same command goes on from there\n"
+    assert os.listdir(tmp_path / "set") == []
+
+
+def test_a_tar_that_kills_its_readers_is_named() -> None:
+    with pytest.raises(DataError, match=r"x.tar: two processes died at it \(SIGSEGV\)"):
+        foreign.bury(Tar("x.tar", "x.tar", "index-000000", 0, 0), -signal.SIGSEGV)
+    assert "shard 3: two processes died at it (exit code 9)" in integrity.bury(3, 9)[0]
 
 
 def test_a_set_moves_with_its_tars_or_without_them_if_they_lie_elsewhere(tmp_path: Path) -> None:
