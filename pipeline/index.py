@@ -28,6 +28,7 @@ from pipeline.run.progress import Progress
 _PAPERS = re.compile(r"index-\d{6,}\.(npy|json)")
 _NO_LIMIT_S = 1e9  # of a tar, which may be large
 _LOOKS = 16
+_MAX_SIDE_PX = 16_383  # as for `ddpm shard`
 _SIZES_SAID = 5
 
 
@@ -64,6 +65,10 @@ def index(
     started = time.monotonic()
     if not out:
         raise ConfigError("--out is empty: name the directory or URL of the set")
+    if channels not in (None, 1, 3):
+        raise ConfigError(f"--channels {channels}: 3 for colour or 1 for grey")
+    if size and not 1 <= min(size) <= max(size) <= _MAX_SIDE_PX:
+        raise ConfigError(f"--size {size[0]}x{size[1]}: 1 to {_MAX_SIDE_PX} pixels a side")
     urls = _expanded(tars)
     if is_part(urls[0]):
         if size or channels or labels != "auto":
@@ -84,7 +89,7 @@ def index(
         shards_there=len(urls),
         shards_made=read,
         seconds=round(seconds, 3),
-        images_per_s=round(counts["inputs"] / seconds, 1),
+        images_per_s=round(counts["inputs"] * read / len(urls) / seconds, 1),
     )
 
 

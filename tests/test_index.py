@@ -346,6 +346,9 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     for missing in ("none.tar", "none-*.tar", "none-{0..1}.tar"):
         with pytest.raises(ConfigError, match="none"):
             index([str(tmp_path / missing)], str(tmp_path / "new"), quiet=True)
+    for wrong in ({"channels": 2}, {"size": (0, 8)}, {"size": (8, 20_000)}):
+        with pytest.raises(ConfigError, match=f"--{next(iter(wrong))}"):
+            index(urls, str(tmp_path / "new"), quiet=True, **wrong)
     with pytest.raises(ConfigError, match=r"not one .tar in it"):
         index([str(tmp_path / "set")], str(tmp_path / "new"), quiet=True)
 
