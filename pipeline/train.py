@@ -71,7 +71,7 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
         # The data, and the configuration that fits it.
         if not config.data.shards:
             raise ConfigError("data.shards is not set: name a shard set, as `ddpm shard --out` writes them")
-        shards = ShardSet.open(config.data.shards)
+        shards = _open_shards(config.data.shards, ranks)
         config = config.in_steps(shards.samples)
         _check_data(config, shards)
         validation = _open_validation(config, ranks)
@@ -319,6 +319,11 @@ def _saver(
     )
 
 
+def _open_shards(url: str, ranks: World) -> ShardSet:
+    """Opened by one rank for all: it looks at each of what may be thousands of tars."""
+    return ranks.ask(lambda: ShardSet.open(url))
+
+
 def _check_data(config: Config, shards: ShardSet) -> None:
     """The keys that must agree with what a shard set holds."""
     size, channels, classes = config.data.height_width, config.data.channels, config.model.num_classes
@@ -341,7 +346,7 @@ def _check_data(config: Config, shards: ShardSet) -> None:
 def _open_validation(config: Config, ranks: World) -> Batch | None:
     if not (config.data.val_shards and config.run.val_every):
         return None
-    shards = ShardSet.open(config.data.val_shards)
+    shards = _open_shards(config.data.val_shards, ranks)
     _check_data(config, shards)
     return read_all(shards, config.run.val_samples, (ranks.rank, ranks.size))
 
