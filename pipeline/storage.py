@@ -27,6 +27,7 @@ from pipeline.errors import DataError
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_BUFFER_BYTES = 1 << 16  # Python's own 8 KiB cost a system call for every small picture
 
 
 def is_remote(url: str) -> bool:
@@ -152,7 +153,10 @@ def open_read(url: str, offset: int = 0, length: int | None = None) -> BinaryIO:
         FileNotFoundError: there is no such file.
         DataError: a remote place that cannot be read; the file itself raises it, too.
     """
-    file = remote.stream(url, size(url) if length is None else length) if is_remote(url) else local(url).open("rb")
+    if is_remote(url):
+        file = remote.stream(url, size(url) if length is None else length)
+    else:
+        file = local(url).open("rb", buffering=_BUFFER_BYTES)
     file.seek(offset)
     return file
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +21,7 @@ from pipeline.data.images import encode
 from pipeline.data.order import Order
 from pipeline.data.shardset import Sample, ShardSet, pack, write_index, write_shard
 from pipeline.errors import ConfigError, DataError
+from pipeline.noise import Use, integers
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -169,6 +172,30 @@ def test_what_workers_have_read_ahead_does_not_count(shards: ShardSet, reference
     assert_same(global_batches(shards, range(4, 10)), reference[4:])
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_images_in_hand_stay_while_the_loader_goes_on(shards: ShardSet, reference: list[Batch], workers: int) -> None:
+    got = []
+    with rank_batches(shards, workers=workers) as batches:
+        for batch in islice(batches, 10):
+            got.append(batch)
+            time.sleep(0.05)  # the workers are as far ahead as they ever are
+    assert_same(got, reference)
+
+
+def test_too_little_shared_memory_is_one_line(shards: ShardSet) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a full /dev/shm answers in the same way
+    try:
+        with pytest.raises(DataError) as refused:
+            rank_batches(shards, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(refused.value) == (
+        "the loader's batches take 1 MiB of shared memory, and there is less: set data.workers=0, which needs none, "
+        "or enlarge /dev/shm (in containers: --shm-size)"
+    )
+
+
 def test_position_in_the_middle_of_the_lanes_is_a_bug(shards: ShardSet) -> None:
     with pytest.raises(ValueError, match="first_sample=7"):
         Batches(shards, order_of(shards), rank=0, world_size=1, first_sample=7, workers=0, flip=False)
@@ -192,6 +219,14 @@ def test_flips_are_those_of_the_position(shards: ShardSet, reference: list[Batch
     share = torch.cat([batch.images[:, 2, 0, 0] == 0 for batch in reference]).double().mean()
     assert 0.3 < share < 0.7  # 120 draws: half, give or take 0.046
     assert sum(len(seen) == 2 for seen in by_label.values()) > SAMPLES / 2, "a picture is not flipped for good"
+
+
+@pytest.mark.parametrize(("rank", "world_size", "workers"), [(0, 1, 0), (1, 3, 0), (1, 2, 2)])
+def test_flips_of_a_long_run_are_drawn_by_position(shards: ShardSet, rank: int, world_size: int, workers: int) -> None:
+    with rank_batches(shards, rank, world_size, workers, step=3) as batches:
+        for batch in islice(batches, 100):
+            expected = integers(5, batch.positions, Use.FLIP, 2) == 1
+            assert torch.equal(batch.images[:, 2, 0, 0] == 0, expected)
 
 
 def test_global_random_state_is_left_alone(shards: ShardSet) -> None:
@@ -257,8 +292,8 @@ class Counted:
         self._open_read = storage.open_read
         monkeypatch.setattr(storage, "open_read", self.open_read)
 
-    def open_read(self, url: str, offset: int = 0) -> BinaryIO:
-        file = self._open_read(url, offset)
+    def open_read(self, url: str, offset: int = 0, length: int | None = None) -> BinaryIO:
+        file = self._open_read(url, offset, length)
         if url.endswith(".tar"):
             self.opens += 1
             file = CountedFile(file, self)  # type: ignore[assignment]

@@ -96,6 +96,7 @@ class Batches:
 
     Raises:
         ConfigError: the ranks cannot share the lanes.
+        DataError: there is not enough shared memory for the workers.
     """
 
     def __init__(
@@ -124,7 +125,13 @@ class Batches:
         # the next one, and by then it has copied this one: a step's images are never overwritten before they are taken.
         slots = torch.empty((_AHEAD + 1, len(self._positions), shards.channels, *shards.size), dtype=torch.uint8)
         if workers:
-            slots.share_memory_()  # type: ignore[no-untyped-call]
+            try:
+                slots.share_memory_()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                raise DataError(
+                    f"the loader's batches take {-(-slots.nbytes >> 20)} MiB of shared memory, and there is less: set "
+                    "data.workers=0, which needs none, or enlarge /dev/shm (in containers: --shm-size)"
+                ) from error
         self._slots = cycle(slots)
         pipeline = DataPipeline(
             partial(_read_lanes, shards, order, lanes, start),
@@ -251,7 +258,7 @@ class _Reader:
         offset, length, crc32, image_offset, image_length, label = self._rows[row].item()
         try:
             if self._file is None:
-                self._file = storage.open_read(self._shards.tar(shard), offset)
+                self._file = storage.open_read(self._shards.tar(shard), offset, self._shards.shards[shard].bytes)
             elif offset != self._at:
                 self._file.seek(offset)
             data = self._file.read(length)
