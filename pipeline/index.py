@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import time
@@ -151,14 +150,13 @@ def _refuse_other(out: str, settings: dict[str, Any], source: dict[str, Any]) ->
 def _read(tars: list[Tar], out: str, settings: Settings, workers: int, quiet: bool) -> int:
     """Read those tars that have to be, and say how many they were."""
     storage.make_dirs(out)
-    stopped = multiprocessing.get_context("forkserver").Event()
-    indexer = Indexer(out, settings, stopped)
+    indexer = Indexer(out, settings)
     with Interrupt() as interrupt:
         unread = [tar for tar in tars if not indexer.known(tar)]
         records = pool.run(
             foreign.index,
             ([tar] for tar in unread),
-            setup=partial(Indexer, out, settings, stopped),
+            setup=partial(Indexer, out, settings),
             workers=min(workers, len(unread)),
             stop=lambda: interrupt.requested is not None,
             bury=foreign.bury,
@@ -168,11 +166,8 @@ def _read(tars: list[Tar], out: str, settings: Settings, workers: int, quiet: bo
             Progress(len(tars), "indexing", unit="tars", done=len(tars) - len(unread), quiet=quiet) as progress,
             closing(records),
         ):
-            try:
-                for _ in records:
-                    progress.advance()
-            finally:
-                stopped.set()
+            for _ in records:
+                progress.advance()
         if interrupt.requested and not all(map(indexer.known, unread)):
             raise Stopped(f"stopped by {interrupt.requested}: the same command goes on from there")
     return len(unread)

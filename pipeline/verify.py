@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,23 +78,19 @@ def _side_by_side(
 ) -> Iterator[list[str]]:
     """The findings in each shard, several shards at a time; a picture that crashes its decoder is one of them."""
     count, started, done = len(shards.shards), time.monotonic(), 0
-    stopped = multiprocessing.get_context("forkserver").Event()
     findings = pool.run(
         integrity.check,
         ([i] for i in range(count)),
-        setup=partial(integrity.Checker, shards, stopped),
+        setup=partial(ShardSet.indexed, shards.url),
         workers=min(len(os.sched_getaffinity(0)), count),
         stop=lambda: interrupt.requested is not None,
         bury=integrity.bury,
         cpu_limit_s=_NO_LIMIT_S,
     )
     with Progress(count, "verifying", unit="shards", quiet=quiet) as progress, closing(findings):
-        try:
-            for record, found in zip(shards.shards, findings):
-                done += record.bytes
-                progress.note(f"{done / (time.monotonic() - started) / 1e6:.0f} MB/s")
-                progress.advance()
-                yield found[0]
-        finally:
-            stopped.set()
+        for record, found in zip(shards.shards, findings):
+            done += record.bytes
+            progress.note(f"{done / (time.monotonic() - started) / 1e6:.0f} MB/s")
+            progress.advance()
+            yield found[0]
     go_on()

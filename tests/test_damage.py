@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.integrity import Checker, check, verify
+from pipeline.data.integrity import check, verify
 from pipeline.data.shardset import ShardSet
 from pipeline.index import index
 from tests.test_index import parts, tarred, theirs, zipped
@@ -150,7 +150,7 @@ def test_every_byte_of_a_tar_is_checked_and_its_sample_is_named(damaged: Path) -
         harmed = bytearray(data)
         harmed[position] ^= 1 + position % 255
         tar.write_bytes(harmed)
-        (findings,) = check(Checker(shards), [which])
+        (findings,) = check(shards, [which], lambda: None)
         assert findings[0] == f"{name}: does not have the sha256 of the index", position
         inside = np.flatnonzero((rows["offset"] <= position) & (position < rows["offset"] + rows["length"]))
         if len(inside):
@@ -166,7 +166,7 @@ def test_a_tar_cut_at_any_block_is_found_with_the_number_of_whole_samples(damage
     data = tar.read_bytes()
     for cut in range(0, len(data), 512):
         tar.write_bytes(data[:cut])
-        findings = [finding for found in check(Checker(shards), [which]) for finding in found]
+        findings = [finding for found in check(shards, [which], lambda: None) for finding in found]
         whole = int(np.sum(rows["offset"] + rows["length"] <= cut))
         assert findings[0].startswith(f"{name}: {cut} bytes, the index says {len(data)} (cut short or changed): ")
         assert findings[0].endswith(f"the index says {len(rows)} samples, {whole} are whole")

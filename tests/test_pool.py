@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from pipeline.data import pool
+from pipeline.data.pool import GoOn
 from pipeline.errors import ConfigError, DataError
 
 
@@ -31,14 +32,14 @@ def told(item: object, exit_code: int) -> tuple[object, int]:
     return item, exit_code
 
 
-def square(seen: list[int], items: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def square(seen: list[int], items: Sequence[int], go_on: GoOn) -> Iterator[tuple[int, int, int]]:
     for item in items:
         seen.append(item)
         time.sleep(0.01 * (item % 3))  # so that chunks end in another order than they began
         yield item * item, len(seen), os.getpid()
 
 
-def fail(seen: list[int], items: Sequence[int]) -> Iterator[int]:
+def fail(seen: list[int], items: Sequence[int], go_on: GoOn) -> Iterator[int]:
     for item in items:
         if item == 3:
             raise DataError("no space left")
@@ -47,7 +48,7 @@ def fail(seen: list[int], items: Sequence[int]) -> Iterator[int]:
         yield item
 
 
-def die(seen: list[int], items: Sequence[int]) -> Iterator[int]:
+def die(seen: list[int], items: Sequence[int], go_on: GoOn) -> Iterator[int]:
     """Some items are deadly, one of them only the first time."""
     for item in items:
         if item == 5:
@@ -65,18 +66,20 @@ def unusable() -> None:
     raise ConfigError("the source is gone")
 
 
-def hang(seen: list[int], items: Sequence[str]) -> Iterator[None]:
+def hang(seen: list[int], items: Sequence[str], go_on: GoOn) -> Iterator[None]:
     """Works for ever, item by item; tells when it starts, and when it is let go."""
     Path(f"{items[0]}.{os.getpid()}.running").touch()
     try:
         for _ in items:
-            time.sleep(0.01)
+            for _ in range(1_000_000):  # hours, but for `go_on`
+                time.sleep(0.01)
+                go_on()
             yield None
     finally:
         Path(f"{items[0]}.{os.getpid()}.cleaned").touch()
 
 
-def dump_core(seen: list[int], items: Sequence[int]) -> Iterator[tuple[int, int]]:
+def dump_core(seen: list[int], items: Sequence[int], go_on: GoOn) -> Iterator[tuple[int, int]]:
     yield from (resource.getrlimit(resource.RLIMIT_CORE) for _ in items)
 
 

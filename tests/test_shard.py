@@ -24,6 +24,7 @@ from pipeline.data.batches import read_all
 from pipeline.data.imageset import ImageSet
 from pipeline.data.intake import Intake, Made, Placed
 from pipeline.data.integrity import verify
+from pipeline.data.pool import GoOn
 from pipeline.data.shardset import ShardSet
 from pipeline.data.sources import list_inputs
 from pipeline.data.summary import Summary
@@ -431,7 +432,7 @@ def test_the_job_starts_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def deadly(intake: Intake, items: Sequence[Placed]) -> Iterator[Made]:
+def deadly(intake: Intake, items: Sequence[Placed], go_on: GoOn) -> Iterator[Made]:
     """What a decoder does that crashes at some pictures and never ends at others."""
     for item in items:
         if "crash" in item.input.name:

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing.synchronize import Event
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
@@ -100,11 +99,10 @@ class Indexer:
     Args:
         out: the set.
         settings: of the set.
-        stopped: set if the job is to end: then this process ends, too, at the next sample.
     """
 
-    def __init__(self, out: str, settings: Settings, stopped: Event) -> None:
-        self._out, self._settings, self._stopped = out, settings, stopped
+    def __init__(self, out: str, settings: Settings) -> None:
+        self._out, self._settings = out, settings
 
     def known(self, tar: Tar) -> ShardRecord | None:
         """The record of a tar that has been looked at with these settings and has not changed since."""
@@ -116,27 +114,23 @@ class Indexer:
         sidecar = storage.sha256(storage.join(self._out, f"{tar.stem}.npy"))
         return record if sidecar == record.sidecar_sha256 else None
 
-    def index(self, tar: Tar) -> ShardRecord:
-        """Look at a tar.
+    def index(self, tar: Tar, go_on: Callable[[], None]) -> ShardRecord:
+        """Look at a tar, calling `go_on` before each sample.
 
         Raises:
             DataError: it is not sound, or has changed meanwhile, or there is no space left.
         """
-        found = scan(tar.url, self._settings, self._go_on)
+        found = scan(tar.url, self._settings, go_on)
         if found.bytes != tar.size:
             raise DataError(f"{tar.url} was {tar.size} bytes long and is {found.bytes} now: wait until it is complete")
         told = {"name": tar.name, "bytes": found.bytes, "sha256": found.sha256, "sidecar": f"{tar.stem}.npy"}
         told |= {"settings": self._settings.as_json(), "stamp": tar.stamp, **_books(tar.name, found.samples)}
         return write_papers(self._out, tar.stem, found.rows, told)
 
-    def _go_on(self) -> None:
-        if self._stopped.is_set():
-            raise SystemExit
 
-
-def index(indexer: Indexer, tars: Iterable[Tar]) -> Iterator[ShardRecord]:
+def index(indexer: Indexer, tars: Iterable[Tar], go_on: Callable[[], None]) -> Iterator[ShardRecord]:
     """`Indexer.index`, for a pool."""
-    return map(indexer.index, tars)
+    return (indexer.index(tar, go_on) for tar in tars)
 
 
 def bury(tar: Tar, exit_code: int) -> ShardRecord:

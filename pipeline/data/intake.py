@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -124,7 +124,7 @@ class Intake:
         return [(x, y) for x, y in places.tolist()]
 
 
-def make(intake: Intake, items: Sequence[Placed]) -> Iterator[Made]:
+def make(intake: Intake, items: Sequence[Placed], _go_on: Callable[[], None]) -> Iterator[Made]:
     """`Intake.make`, for a pool."""
     return intake.make(items)
 

@@ -11,8 +11,7 @@ import re
 import signal
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.synchronize import Event
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +48,7 @@ Check = Callable[[ShardSet], Iterable[list[str]]]
 
 def in_turn(shards: ShardSet) -> Iterator[list[str]]:
     """The findings in each shard, found one after the other by this process."""
-    return check(Checker(shards), range(len(shards.shards)))
+    return check(shards, range(len(shards.shards)), lambda: None)
 
 
 def verify(url: str, shards_of: Check = in_turn) -> list[str]:
@@ -146,18 +145,10 @@ def _verify_totals(shards: ShardSet, records: list[ShardRecord]) -> Iterator[str
             yield f"{INDEX}: `size` is {list(shards.size)}, the records have {', '.join(sorted(sizes))}"
 
 
-class Checker(NamedTuple):
-    """A process's part in checking a set."""
-
-    shards: ShardSet
-    stopped: Event | None = None
-    """Set if the job is to end: then this process ends, too, at the next sample."""
-
-
-def check(checker: Checker, numbers: Iterable[int]) -> Iterator[list[str]]:
-    """The findings in each of these shards: in its record, its sidecar and its tar."""
+def check(shards: ShardSet, numbers: Iterable[int], go_on: Callable[[], None]) -> Iterator[list[str]]:
+    """The findings in each of these shards; `go_on` is called before each sample and may leave."""
     for i in numbers:
-        yield _verify_shard(checker, i)
+        yield _verify_shard(shards, i, go_on)
 
 
 def bury(i: int, exit_code: int) -> list[str]:
@@ -248,8 +239,8 @@ class _Hashed:
         return count
 
 
-def _verify_shard(checker: Checker, i: int) -> list[str]:
-    shards, record = checker.shards, checker.shards.shards[i]
+def _verify_shard(shards: ShardSet, i: int, go_on: Callable[[], None]) -> list[str]:
+    record = shards.shards[i]
     try:
         rows = shards.sidecar(i)
         findings = [*_verify_record(shards, i, rows)]
@@ -259,7 +250,7 @@ def _verify_shard(checker: Checker, i: int) -> list[str]:
     try:
         with storage.open_read(shards.tar(i)) as file:
             tar = _Hashed(file)
-            problems = [*_verify_samples(checker, i, rows, tar)]
+            problems = [*_verify_samples(shards, i, rows, tar, go_on)]
             tar.zeros()
     except FileNotFoundError:
         return [*findings, f"{record.name}: missing"]
@@ -277,13 +268,14 @@ def _verify_shard(checker: Checker, i: int) -> list[str]:
     return [*findings, f"{said}: the index says {record.samples} samples, {whole} are whole", *problems]
 
 
-def _verify_samples(checker: Checker, i: int, rows: NDArray[np.void], tar: _Hashed) -> Iterator[str]:
+def _verify_samples(
+    shards: ShardSet, i: int, rows: NDArray[np.void], tar: _Hashed, go_on: Callable[[], None]
+) -> Iterator[str]:
     """Each sample's bytes against its row, as far as they go."""
-    shards, record = checker.shards, checker.shards.shards[i]
+    record = shards.shards[i]
     inspector, keys = Inspector(shards), _Keys(shards, record)
     for n, row in enumerate(rows):
-        if checker.stopped and checker.stopped.is_set():
-            raise SystemExit
+        go_on()
         offset, length = int(row["offset"]), int(row["length"])
         if offset < tar.at or (offset > tar.at and not shards.settings.get("foreign")):
             yield f"{record.stem}.npy: row {n} starts at byte {offset}, the sample before it ends at {tar.at}"

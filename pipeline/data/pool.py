@@ -29,6 +29,7 @@ from pipeline.errors import PipelineError
 State = TypeVar("State")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+GoOn = Callable[[], None]
 _POLL_S = 0.2
 _GRACE_S = 10.0
 _AHEAD = 4
@@ -120,13 +121,13 @@ class _Worker:
         self._process.join()
         return min(self._done.value, len(piece.items) - 1), self._process.exitcode or 0
 
-    def end(self) -> None:
-        self._process.join(_GRACE_S)
+    def end(self, deadline: float) -> None:
+        self._process.join(max(deadline - time.monotonic(), 0))
         self._process.kill()
 
 
 def run(
-    work: Callable[[State, Sequence[Item]], Iterator[Result]],
+    work: Callable[[State, Sequence[Item], GoOn], Iterator[Result]],
     chunks: Iterable[Sequence[Item]],
     *,
     setup: Callable[[], State],
@@ -138,7 +139,8 @@ def run(
     """Do items in processes; close the iterator to stop them.
 
     Args:
-        work: yields a result for each item. A function of a module: it travels to the workers by name.
+        work: yields a result for each item. If one takes long it calls its third argument now and then: that leaves the
+            process if the job has stopped. A function of a module: it travels to the workers by name.
         chunks: items to hand out together, in this order; a few for each worker are under way.
         setup: makes what a worker keeps between chunks.
         workers: processes, at most.
@@ -186,17 +188,22 @@ def run(
     finally:
         for pipe in crew:
             pipe.close()
+        deadline = time.monotonic() + _GRACE_S
         for worker in crew.values():
-            worker.end()
+            worker.end(deadline)
 
 
 def _serve(
     pipe: Connection,
     done: Any,
     setup: Callable[[], State],
-    work: Callable[[State, Sequence[Item]], Iterator[Result]],
+    work: Callable[[State, Sequence[Item], GoOn], Iterator[Result]],
     cpu_limit_s: float,
 ) -> None:
+    def go_on() -> None:
+        if pipe.poll():  # the job says nothing while a piece is under way, so this is the end of the pipe
+            raise SystemExit
+
     # Decoders in C complain on their own account; what is wrong with an input is said by the reason it ends with.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -208,10 +215,9 @@ def _serve(
             error: Exception | None = None
             try:
                 state = setup() if state is None else state
-                results = work(state, items)
+                results = work(state, items, go_on)
                 for _ in items:
-                    if pipe.poll():  # the job says nothing while a piece is under way, so this is the end of the pipe
-                        return
+                    go_on()
                     _allow(cpu_limit_s)
                     found.append(next(results))
                     done.value += 1

@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from pipeline.cli import app
 from pipeline.config import Config
+from pipeline.data.images import REASONS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "shards" / "README.md"]
@@ -102,6 +103,11 @@ def test_variables_are_read_by_something(page: str) -> None:
     code = "\n".join(source.read_text() for source in sources)
     for variable in set(re.findall(r"\b(?:DDPM|PET)_[A-Z_]+\b", TEXTS[page])):
         assert re.search(rf"\b{variable}\b", code), f"{page}: {variable}"
+
+
+def test_every_reason_is_explained() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", TEXTS["shards/README.md"], re.MULTILINE))
+    assert {name: rows.get(name) for name in REASONS} == REASONS
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
