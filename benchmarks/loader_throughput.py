@@ -5,8 +5,8 @@
 Everybody gives uint8 batches of 128 of the same PNG files, half of them flipped, with the same number of worker
 processes, all processes of a loader pinned to as many cores as it has workers (one if it has none). They go in turn,
 round after round; figures are medians. Bare decoding is a loop over files held in memory, on one core: by Pillow as
-anybody would, and by `images.decode`, which is faster. Without --shards two sets, of 32 and 64 px, are made of scikit-learn's two photographs: 10,000 pictures, each
-tar under ten names, so that what is measured is the middle of an epoch.
+anybody would, and by `images.decode`, which is faster. Without --shards two sets, of 32 and 64 px, are made of
+scikit-learn's two photographs: 10,000 pictures, each tar under ten names, so that what is measured is the middle of an epoch.
 
 Then each tar has a hundred names, a million samples: how long until the first batch after a resume in the middle of an
 epoch, and how much memory reading it takes.
@@ -193,11 +193,11 @@ def compare(place: Path, rounds: int) -> None:
                     rates[name].append(bare(decoder, files[:3000]))
             for name in PEERS:
                 against = statistics.median(a / b for a, b in zip(rates[name], rates["webdataset"]))
-                shares = [statistics.median(a / b / cores for a, b in zip(rates[name], rates[bar])) for bar in BARE]
-                speed = statistics.median(rates[name])
-                print(
-                    f"{workers:>7} {cores:>5}  {name:22}{speed:>9.0f}{against:>14.2f}{shares[0]:>10.0%}{shares[1]:>7.0%}"
+                by_pillow, by_us = (
+                    statistics.median(a / b / cores for a, b in zip(rates[name], rates[bar])) for bar in BARE
                 )
+                speed = f"{statistics.median(rates[name]):>9.0f}{against:>14.2f}{by_pillow:>10.0%}{by_us:>7.0%}"
+                print(f"{workers:>7} {cores:>5}  {name:22}{speed}")
 
 
 def resume(sizes: dict[str, Path], rounds: int) -> None:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.messy import by_libvips, in_full
 from pipeline.data import images
+from pipeline.data import png as png_files
 from pipeline.data.images import REASONS, Rejected, decode, encode, to_picture
 
 
@@ -501,3 +502,31 @@ def test_png_files_are_not_larger_than_others_make_them():
 def test_damaged_shard_images_are_rejected_not_raised():
     with pytest.raises(Rejected):
         decode(encode(noise(8, 8), "png")[:60], 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (17, 5, 1), (64, 96, 3), (130, 33, 3)])
+def test_our_own_files_are_read_past_the_parser_and_give_the_same_pixels(shape):
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    data = png_files.encoded(array)
+    np.testing.assert_array_equal(png_files.decoded(data), array)
+    np.testing.assert_array_equal(decode(data, shape[2]), array)
+    other = 4 - shape[2]
+    assert decode(data, other).shape == (*shape[:2], other)
+
+
+def test_files_laid_out_otherwise_are_left_to_pillow():
+    rgb = Image.fromarray(noise(20, 30))
+    others = [file(rgb.convert(mode)) for mode in ("P", "RGBA", "LA", "1", "I;16")]
+    others += [file(rgb, dpi=(72, 72)), file(rgb, "JPEG"), file(rgb, "WEBP"), b"", b"\x89PNG\r\n\x1a\n", b"text"]
+    assert [png_files.decoded(data) for data in others] == [None] * len(others)
+    np.testing.assert_array_equal(decode(others[5], 3), noise(20, 30))
+
+
+def test_our_own_files_cut_or_damaged_are_refused():
+    data = png_files.encoded(noise(40, 40))
+    for length in range(len(data) - 12):
+        with pytest.raises(Rejected):
+            decode(data[:length], 3)
+    middle = len(data) // 2
+    with pytest.raises(Rejected):
+        decode(data[:middle] + bytes(20) + data[middle + 20 :], 3)

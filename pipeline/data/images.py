@@ -346,6 +346,9 @@ def decode(data: bytes, channels: int) -> NDArray[np.uint8]:
         Rejected: it cannot be decoded.
     """
     try:
+        array = png.decoded(data)
+        if array is not None and array.shape[2] == channels:
+            return array
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
             mode = "L" if channels == 1 else "RGB"
             array = np.asarray(image if image.mode == mode else image.convert(mode))

@@ -1,4 +1,4 @@
-"""Pixels → a PNG file; pure. A quarter to a third faster than Pillow at the same size, which pays for small pictures.
+"""Pixels → a PNG file, and back; pure. A quarter faster than Pillow alone, which pays for small pictures.
 
 Each row is predicted by Paeth's filter and the differences coded with run lengths: on photographs these two find what
 trying all filters and the full search find, in half the time.
@@ -11,7 +11,10 @@ import zlib
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+_SIGNATURE, _HEADER = b"\x89PNG\r\n\x1a\n", struct.Struct(">IIBBBBB")
+_IDAT = len(_SIGNATURE) + 12 + _HEADER.size
 _GREY, _RGB = 0, 2  # colour types
 _PAETH = 4
 _ROWS_AT_ONCE = 64
@@ -30,9 +33,28 @@ def encoded(array: NDArray[np.uint8]) -> bytes:
     deflate = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL + 1, zlib.Z_RLE)
     strips = (padded[top : top + _ROWS_AT_ONCE + 1] for top in range(0, h, _ROWS_AT_ONCE))
     body = [deflate.compress(_filtered(strip, channels).data) for strip in strips]
-    header = struct.pack(">IIBBBBB", w, h, 8, _RGB if channels == 3 else _GREY, 0, 0, 0)
+    header = _HEADER.pack(w, h, 8, _RGB if channels == 3 else _GREY, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", b"".join((*body, deflate.flush()))), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+    return _SIGNATURE + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def decoded(data: bytes) -> NDArray[np.uint8] | None:
+    """The picture, (H, W, 3) or (H, W, 1), in a file laid out as `encoded` does it; None for any other file.
+
+    Sums in its chunks are not looked at.
+
+    Raises:
+        Exception: whatever Pillow raises of damaged data.
+    """
+    if data[: len(_SIGNATURE)] != _SIGNATURE or data[_IDAT + 4 : _IDAT + 8] != b"IDAT":
+        return None
+    w, h, *kind = _HEADER.unpack_from(data, len(_SIGNATURE) + 8)
+    end = _IDAT + 8 + int.from_bytes(data[_IDAT : _IDAT + 4])
+    if kind not in ([8, _RGB, 0, 0, 0], [8, _GREY, 0, 0, 0]) or data[end + 8 : end + 12] != b"IEND":
+        return None
+    mode = "RGB" if kind[1] == _RGB else "L"
+    image = Image.frombytes(mode, (w, h), data[_IDAT + 8 : end], "zip", mode, 0)
+    return np.asarray(image).reshape(h, w, -1)
 
 
 def _filtered(padded: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
