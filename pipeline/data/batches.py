@@ -56,17 +56,11 @@ class Batch:
     """int64, (B,): places in the endless order, which noise is keyed by."""
 
 
-class _Encoded(NamedTuple):
-    """A sample as read."""
-
-    position: int
-    place: Place
-    image: bytes
-    label: int
-
+_Encoded = tuple[int, Place, bytes, int]
+"""A sample as read: position, place, image file, label."""
 
 _Decoded = tuple[int, int, NDArray[np.uint8]]
-"""Position, label, image (H, W, C)."""
+"""Position, label, image (H, W, C), which may be a view."""
 
 
 class _Chunk(NamedTuple):
@@ -222,7 +216,7 @@ def read_all(shards: ShardSet, limit: int | None = None, share: tuple[int, int] 
     ends = np.cumsum(shards.shard_samples)
     with closing(_Reader(shards)) as reader:
         places = ((i, _place(ends, i * shards.samples // count)) for i in chosen)
-        encoded = (_Encoded(i, place, *reader.read(place)) for i, place in places)
+        encoded = ((i, place, *reader.read(place)) for i, place in places)
         images = torch.empty((len(chosen), shards.channels, *shards.size), dtype=torch.uint8)
         chunk = _stacked(images.numpy(), _decode(shards, encoded))
     return Batch(images, torch.from_numpy(chunk.labels), torch.from_numpy(chunk.positions))
@@ -303,7 +297,7 @@ def _read_lane(shards: ShardSet, order: Order, lane: int, start: int) -> Iterato
         for position, place, reads in order.lane_stream(lane, start):
             for ahead in reads:
                 held[ahead] = reader.read(ahead)
-            yield _Encoded(position, place, *held.pop(place))
+            yield position, place, *held.pop(place)
 
 
 def _decode(shards: ShardSet, samples: Iterable[_Encoded]) -> Iterator[_Decoded]:
