@@ -6,7 +6,8 @@ Everybody gives uint8 batches of 128 of the same PNG files, half of them flipped
 processes, all processes of a loader pinned to as many cores as it has workers (one if it has none). They go in turn,
 round after round; figures are medians. Bare decoding is a loop over files held in memory, on one core: by Pillow as
 anybody would, and by `images.decode`, which is faster. Without --shards two sets, of 32 and 64 px, are made of
-scikit-learn's two photographs: 10,000 pictures, each tar under ten names, so that what is measured is the middle of an epoch.
+scikit-learn's two photographs: 10,000 pictures, each tar under ten names, so that what is measured is the middle of an
+epoch.
 
 Then each tar has a hundred names, a million samples: how long until the first batch after a resume in the middle of an
 epoch, and how much memory reading it takes.
