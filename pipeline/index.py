@@ -72,13 +72,13 @@ def index(
     if is_part(urls[0]):
         if size or channels or labels != "auto":
             raise ConfigError(f"{urls[0]} is a shard of `ddpm shard`: leave out --size, --channels and --labels")
-        counts, read = _join(urls, out), 0
+        counts, read, how = _join(urls, out), len(urls), "joined"
     else:
         settings = Settings(size, channels or 3, labels)
         listed = _listed(urls, out)
         _refuse_other(out, settings.as_json(), {})
         read = _read(listed, out, settings, workers or len(os.sched_getaffinity(0)), quiet)
-        counts = _publish(listed, out, settings)
+        counts, how = _publish(listed, out, settings), "indexed"
     refuse_too_many_bad(out, counts, max_bad_fraction)
     seconds = time.monotonic() - started
     return Summary(
@@ -89,6 +89,7 @@ def index(
         shards_made=read,
         seconds=round(seconds, 3),
         images_per_s=round(counts["inputs"] * read / len(urls) / seconds, 1),
+        how=how,
     )
 
 

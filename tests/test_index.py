@@ -411,6 +411,7 @@ def test_parts_in_one_place_are_joined_to_the_bytes_of_one_job(tmp_path: Path) -
     out = tmp_path / "parts" / "set"
     summary = index([str(out)], str(out), max_bad_fraction=1, quiet=True)
     assert (summary.inputs, summary.taken) == (23, 18)
+    assert f"{summary.shards} of {summary.shards} shards joined in " in summary.as_text()
     assert files(out) == files(tmp_path / "whole" / "set")
 
 

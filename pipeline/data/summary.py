@@ -33,6 +33,8 @@ class Summary:
     seconds: float
     images_per_s: float
     """Inputs looked at by this start."""
+    how: str = "made"
+    """What was done to the shards: made, indexed or joined."""
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -56,7 +58,7 @@ class Summary:
         if not self.shards_made and self.shards_there == self.shards:
             return f"{self.out}: all {self.shards} shards are there, nothing to do"
         speed = f"{self.seconds:.1f} s, {self.images_per_s:.0f} images/s"
-        head = f"{self.out}: {self.shards_made} of {self.shards} shards made in {speed}"
+        head = f"{self.out}: {self.shards_made} of {self.shards} shards {self.how} in {speed}"
         if self.shards_there < self.shards:
             head += f"; {self.shards_there} are there, the job that makes the last one finishes the set"
         return head
