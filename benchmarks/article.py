@@ -35,6 +35,7 @@ class Block(nn.Module):
         self.attention = Attention(out_channels) if attends else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Features (B, C, H, W) and the time's (B, T) → (B, C', H, W)."""
         h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[:, :, None, None]
         return self.attention(self.conv2(F.silu(self.norm2(h))) + self.shortcut(x))
 
@@ -48,6 +49,7 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → the same shape."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).chunk(3, dim=2)
         weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[2])).softmax(dim=2)
@@ -81,6 +83,7 @@ class ArticleNet(nn.Module):
         self.last = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """(B, 3, H, W) and (B,) → (B, 3, H, W)."""
         half = CHANNELS[0] // 2
         angles = t[:, None] * torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / (half - 1)))
         time = self.time(torch.cat((angles.sin(), angles.cos()), dim=1))
