@@ -164,6 +164,8 @@ class TrainSection(Section):
     """Activations recomputed in the backward pass instead of kept. auto: the least that fits the device."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """bf16: processes send each other gradients in half as many bits, and sum them so, for networks that are slow."""
     deterministic: bool = False
     """Only deterministic kernels: on CUDA the price of bit-identical runs."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999

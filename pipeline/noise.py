@@ -60,14 +60,21 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _blocks(seed: int, ids: Tensor, use: Use, step: int, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox words for `blocks` counters of each id: four int64 tensors, (B, blocks)."""
+def _draw(seed: int, ids: Tensor, step: int, *streams: tuple[Use, int]) -> tuple[tuple[Tensor, ...], ...]:
+    """Philox words for so many counters of each id in each stream: four int64 tensors, (B, blocks), a stream.
+
+    All streams share one pass, which on a GPU is a hundred small kernels; nothing here is copied to the device.
+    """
     if not 0 <= seed < 1 << 64 or not 0 <= step < 1 << 24:
         raise ValueError(f"seed {seed} or step {step} out of range")
-    block = torch.arange(blocks, dtype=torch.int64, device=ids.device)
+    blocks, device = [blocks for _, blocks in streams], ids.device
+    block = torch.cat([torch.arange(count, dtype=torch.int64, device=device) for count in blocks])
+    stream = torch.cat(
+        [torch.full((count,), use << 24 | step, dtype=torch.int64, device=device) for use, count in streams]
+    )
     ids = ids.to(torch.int64)[:, None]
-    stream = torch.tensor(int(use) << 24 | step, dtype=torch.int64, device=ids.device)
-    return philox((block, stream, ids & _MASK32, ids >> 32 & _MASK32), (seed & _MASK32, seed >> 32))
+    words = philox((block, stream, ids & _MASK32, ids >> 32 & _MASK32), (seed & _MASK32, seed >> 32))
+    return tuple(zip(*(torch.split(word, blocks, dim=1) for word in words), strict=True))
 
 
 def uniforms(seed: int, ids: Tensor, use: Use, shape: tuple[int, ...] = (), step: int = 0) -> Tensor:
@@ -83,11 +90,8 @@ def uniforms(seed: int, ids: Tensor, use: Use, shape: tuple[int, ...] = (), step
     Returns:
         float64, (B, *shape), on the device of `ids`.
     """
-    count = math.prod(shape)
-    w0, w1, w2, w3 = _blocks(seed, ids, use, step, (count + 1) // 2)
-    high, low = torch.stack((w0, w2), -1), torch.stack((w1, w3), -1)
-    bits = (high << 21) | (low >> 11)
-    return (bits.to(torch.float64) * 2.0**-53).flatten(1)[:, :count].reshape(len(ids), *shape)
+    (words,) = _draw(seed, ids, step, (use, (math.prod(shape) + 1) // 2))
+    return _as_uniforms(words, shape)
 
 
 def normals(seed: int, ids: Tensor, use: Use, shape: tuple[int, ...], step: int = 0) -> Tensor:
@@ -103,20 +107,45 @@ def normals(seed: int, ids: Tensor, use: Use, shape: tuple[int, ...], step: int 
     Returns:
         float32, (B, *shape), on the device of `ids`.
     """
-    count = math.prod(shape)
-    words = _blocks(seed, ids, use, step, (count + 3) // 4)
+    (words,) = _draw(seed, ids, step, (use, (math.prod(shape) + 3) // 4))
+    return _as_normals(words, shape)
+
+
+def integers(seed: int, ids: Tensor, use: Use, high: int) -> Tensor:
+    """Integers in [0, high), int64, (B,); `high` below 2³¹; the bias is below high·2⁻³²."""
+    (words,) = _draw(seed, ids, 0, (use, 1))
+    return _as_integers(words, high)
+
+
+def of_training(seed: int, ids: Tensor, timesteps: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a step draws for each sample, in one pass: the same numbers as three calls would give.
+
+    Returns:
+        `integers` of TIMESTEP below `timesteps`, `normals` of NOISE, and `uniforms` of LABEL_DROPOUT.
+    """
+    noise = (Use.NOISE, (math.prod(shape) + 3) // 4)
+    t, epsilon, hidden = _draw(seed, ids, 0, (Use.TIMESTEP, 1), noise, (Use.LABEL_DROPOUT, 1))
+    return _as_integers(t, timesteps), _as_normals(epsilon, shape), _as_uniforms(hidden, ())
+
+
+def _as_uniforms(words: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
+    w0, w1, w2, w3 = words
+    high, low = torch.stack((w0, w2), -1), torch.stack((w1, w3), -1)
+    bits = (high << 21) | (low >> 11)
+    return (bits.to(torch.float64) * 2.0**-53).flatten(1)[:, : math.prod(shape)].reshape(len(w0), *shape)
+
+
+def _as_normals(words: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
     u = [(word.to(torch.float64) + 0.5) * 2.0**-32 for word in words]
     pairs = []
     for radius, angle in ((u[0], u[1]), (u[2], u[3])):
         r, phi = torch.sqrt(-2 * torch.log(radius)), 2 * math.pi * angle
         pairs += [r * torch.cos(phi), r * torch.sin(phi)]
-    return torch.stack(pairs, -1).to(torch.float32).flatten(1)[:, :count].reshape(len(ids), *shape)
+    return torch.stack(pairs, -1).to(torch.float32).flatten(1)[:, : math.prod(shape)].reshape(len(words[0]), *shape)
 
 
-def integers(seed: int, ids: Tensor, use: Use, high: int) -> Tensor:
-    """Integers in [0, high), int64, (B,); `high` below 2³¹; the bias is below high·2⁻³²."""
-    word, *_ = _blocks(seed, ids, use, 0, 1)
-    return (word[:, 0] * high) >> 32
+def _as_integers(words: tuple[Tensor, ...], high: int) -> Tensor:
+    return (words[0][:, 0] * high) >> 32
 
 
 def mix(*parts: int) -> int:

@@ -8,7 +8,6 @@ weights and optimizer are all there is to restore.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import torch
 from pipeline import configfile, storage
 from pipeline.config import Config
 from pipeline.data.batches import Batch, Batches, read_all
+from pipeline.data.fit import check_fit
 from pipeline.data.order import Order, check_world, default_lanes
 from pipeline.data.shardset import ShardSet
 from pipeline.data.workers import start_worker_server
@@ -73,7 +73,7 @@ def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) 
             raise ConfigError("data.shards is not set: name a shard set, as `ddpm shard --out` writes them")
         shards = _open_shards(config.data.shards, ranks)
         config = config.in_steps(shards.samples)
-        _check_data(config, shards)
+        check_fit(shards, config.data, config.model.num_classes)
         validation = _open_validation(config, ranks)
 
         # The run: new, to be resumed, or finished. One job at a time holds it.
@@ -141,38 +141,43 @@ class _Surroundings:
 
 
 def _loop(trainer: Trainer, position: Position, batches: Batches, around: _Surroundings) -> None:
-    """Step until the run's end or until a stop is asked for, which leaves a checkpoint too."""
+    """Step until the run's end or until a stop is asked for, which leaves a checkpoint too.
+
+    The verdict on a step is read when the device is busy with the next gradient, or at once if something else is due.
+    """
     config, ranks, at = trainer.config, trainer.world, around.heartbeat.at
-    meter = Meter(config.diffusion.timesteps, ranks.device)
+    every = (config.run.log_every, config.run.val_every, config.run.preview_every, config.run.checkpoint_every)
+    meter = Meter(config.diffusion.timesteps, ranks.device, trainer.flops)
     while position.step < config.train.steps:
         # Data: what is read follows from the position alone.
         at(position.step, "data")
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited_s = time.perf_counter() - asked
+        with meter.waiting():
+            batch = next(batches)
 
         # Gradients; ranks talk only in the last micro-batch.
         at(position.step, "gradient")
         gradient = trainer.gradient(batch, position)
-        meter.add(gradient.losses, gradient.t, gradient.norm, waited_s)
 
-        # Verdict: one all-reduce. No rank may skip a step or leave alone.
+        # Verdict on the step before; a stop leaves this one undone.
         at(position.step, "agreement")
-        bad, stop, lost = ranks.agree(
-            ~gradient.finite, REASONS.index(around.interrupt.requested or ""), around.lease.lost
-        )
-        if lost:
-            around.lease.check()
-            raise Superseded(f"{config.run.dir} was taken over by another job: this one writes no more")
+        stop = _heed(trainer, position, around)
+        if not stop:
+            # Verdict on this one: one all-reduce. No rank may skip a step or leave alone.
+            agreed = ranks.agree_soon(
+                ~gradient.finite, REASONS.index(around.interrupt.requested or ""), around.lease.lost
+            )
 
-        # Update: a bad step changes nothing but its counter.
-        at(position.step, "update")
-        trainer.update(position, bad=bad)
+            # Update: a bad step changes nothing but its counter.
+            at(position.step, "update")
+            trainer.update(position, agreed)
+            meter.add(gradient.losses, gradient.t, gradient.norm)
+            if ranks.device.type == "cpu" or _due(trainer, position, *every):
+                stop = _heed(trainer, position, around)
+            at(position.step, "report")
+            _report(trainer, position, meter, batches, around)
 
         # Look and save.
         last = position.step == config.train.steps
-        at(position.step, "report")
-        _report(trainer, position, meter, batches, around)
         with meter.paused():
             if last or not stop:
                 _look(trainer, position, around)
@@ -183,15 +188,24 @@ def _loop(trainer: Trainer, position: Position, batches: Batches, around: _Surro
             _stop(trainer, position, REASONS[stop])
 
 
+def _heed(trainer: Trainer, position: Position, around: _Surroundings) -> int:
+    """Act on the verdict on the last step; the number of the reason to stop, 0 if there is none."""
+    config, (bad, stop, lost) = trainer.config, trainer.conclude(position)
+    if lost:
+        around.lease.check()
+        raise Superseded(f"{config.run.dir} was taken over by another job: this one writes no more")
+    if bad and trainer.world.is_main:
+        first = position.samples - config.train.global_batch
+        around.progress.warn(f"warning: step {position.step} changes no weights: loss or gradient was not finite "
+                            f"(samples {first} to {position.samples - 1} of the order)")  # fmt: skip
+    return stop
+
+
 def _report(trainer: Trainer, position: Position, meter: Meter, batches: Batches, around: _Surroundings) -> None:
     """What is worth a word, and every `run.log_every` steps the curves."""
     config, ranks = trainer.config, trainer.world
     if around.saver:
         around.saver.ended()
-    if position.bad_in_a_row and ranks.is_main:
-        first = position.samples - config.train.global_batch
-        around.progress.warn(f"warning: step {position.step} changes no weights: loss or gradient was not finite "
-                            f"(samples {first} to {position.samples - 1} of the order)")  # fmt: skip
     if _due(trainer, position, config.run.log_every):
         figures = meter.read(ranks.sum, config.train.global_batch)
         figures |= {
@@ -204,6 +218,10 @@ def _report(trainer: Trainer, position: Position, meter: Meter, batches: Batches
             f"loss {figures.get('train/loss', float('nan')):.4f}, lr {figures['train/lr']:.3g}, "
             f"{figures['speed/images_per_s']:.3g} images/s"
         )
+        if advice := meter.loader_limits(
+            figures, workers=config.data.workers, shards=config.data.shards, retries=figures["io/retries"]
+        ):
+            around.progress.warn(advice)
         if around.telemetry and around.saver:
             around.telemetry.scalars(position.step, figures | around.saver.figures)
             around.interrupt.lead_s = max(30.0, 10.0 + 3 * around.saver.figures.get("checkpoint/save_s", 0.0))
@@ -324,30 +342,11 @@ def _open_shards(url: str, ranks: World) -> ShardSet:
     return ranks.ask(lambda: ShardSet.open(url))
 
 
-def _check_data(config: Config, shards: ShardSet) -> None:
-    """The keys that must agree with what a shard set holds."""
-    size, channels, classes = config.data.height_width, config.data.channels, config.model.num_classes
-    if size != shards.size:
-        theirs = "x".join(map(str, shards.size))
-        raise ConfigError(
-            f"data.size is {size[0]}x{size[1]}, but {shards.url} holds {theirs}: set data.size to that, or shard again"
-        )
-    if channels != shards.channels:
-        raise ConfigError(
-            f"data.channels is {channels}, but {shards.url} has {shards.channels}: set it to that, or shard again"
-        )
-    if classes and classes != len(shards.classes or ()):
-        raise ConfigError(
-            f"model.num_classes is {classes}, but {shards.url} has {len(shards.classes or ())} classes: set it to "
-            "that, or to 0 for an unconditional model"
-        )
-
-
 def _open_validation(config: Config, ranks: World) -> Batch | None:
     if not (config.data.val_shards and config.run.val_every):
         return None
     shards = _open_shards(config.data.val_shards, ranks)
-    _check_data(config, shards)
+    check_fit(shards, config.data, config.model.num_classes)
     return read_all(shards, config.run.val_samples, (ranks.rank, ranks.size))
 
 
@@ -382,8 +381,9 @@ def _headline(trainer: Trainer, position: Position, shards: ShardSet, resumed: C
     )
 
 
-def _due(trainer: Trainer, position: Position, every: int) -> bool:
-    return every > 0 and (position.step == trainer.config.train.steps or position.step % every == 0)
+def _due(trainer: Trainer, position: Position, *every: int) -> bool:
+    last = position.step == trainer.config.train.steps
+    return any(steps > 0 and (last or position.step % steps == 0) for steps in every)
 
 
 def _say(ranks: World, line: str, quiet: bool = False) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +29,10 @@ from pipeline.model import ema as averaging
 from pipeline.model.unet import Checkpointing, UNet
 from pipeline.noise import Use
 from pipeline.run import memory
+from pipeline.run.flops import flops_of
 from pipeline.run.learning_rate import learning_rate
-from pipeline.run.optimizer import make_adam, named_state
-from pipeline.run.world import World
+from pipeline.run.optimizer import make_adam, named_state, step_unless
+from pipeline.run.world import Agreement, World
 
 
 @dataclass
@@ -65,8 +67,22 @@ class Gradient:
     """Whether losses and norm are; on this rank."""
 
 
+class Verdict(NamedTuple):
+    """What the ranks agree on at each step: the highest value of all. The device acts on `bad`, the host on all."""
+
+    bad: int
+    """Whether loss or gradient is not finite on some rank."""
+    stop: int
+    """A reason to stop, or 0."""
+    lost: int
+    """Whether another job holds the run."""
+
+
 class Trainer:
     """Network, its average, optimizer and schedule, equal on every rank.
+
+    Attributes:
+        flops: of a step on one rank, forward and backward, without what is computed twice; once settled.
 
     Args:
         config: with all lengths in steps.
@@ -92,11 +108,19 @@ class Trainer:
         self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = averaging.make_ema(self.model, section.ema_decay)
         self.optimizer = make_adam(self.model, section.lr)
-        self._network = world.accelerator.prepare_model(self.model) if world.size > 1 else self.model
+        self._network = world.data_parallel(self.model, section.gradient_compression) if world.size > 1 else self.model
         self._schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(world.device)
+        self._undecided: Agreement | None = None
+        self.flops = 0.0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The live tensors of a run, by part of a checkpoint and by name."""
+        """The live tensors of a run, by part of a checkpoint and by name.
+
+        Raises:
+            RuntimeError: a verdict is open, so that the average is a step behind.
+        """
+        if self._undecided:
+            raise RuntimeError("the verdict on the last step is open: call `conclude` first")
         return {
             "model": {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
             "ema": averaging.ema_state(self.ema)[0],
@@ -134,6 +158,7 @@ class Trainer:
         if len(sizes) * len(policies) > 1:
             policies[0], sizes[0] = memory.what_fits(self._fits, policies, sizes)
         position.checkpointing, position.micro_batch = policies[0], sizes[0]
+        self.flops = share * self._flops_per_picture()
         self.model.checkpointing = position.checkpointing
         if section.compile:  # not before, or each trial would be compiled too
             self.model.compile()
@@ -165,30 +190,44 @@ class Trainer:
         all_losses = torch.cat(losses)
         return Gradient(all_losses, torch.cat(timesteps), norm, all_losses.isfinite().all() & norm.isfinite())
 
-    def update(self, position: Position, *, bad: int) -> None:
-        """Take the step, or leave it out if it is bad; count it either way.
+    def update(self, position: Position, verdict: Agreement) -> None:
+        """Queue the step, which the device leaves out if it is bad; `conclude` before the next one.
+
+        Args:
+            position: where the run stands.
+            verdict: a `Verdict`, agreed on, which this does not wait for.
+        """
+        step_unless(verdict.values[0], self.optimizer, learning_rate(position.step, self.config.train))
+        self.optimizer.zero_grad(set_to_none=True)
+        self._undecided = verdict
+        position.step += 1
+        position.samples += self.config.train.global_batch
+
+    def conclude(self, position: Position) -> Verdict:
+        """Read the verdict on the last step, if that is not done yet, and do what follows from it.
+
+        A good step moves the average, which must come before the next update; a bad one changes nothing but counters.
+        On a GPU this is best called when the next gradient is queued: then the device never waits for the host.
 
         Raises:
             ConfigError: too many bad steps in a row.
         """
-        if bad:
-            position.bad_steps += 1
-            position.bad_in_a_row += 1
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(position.step, self.config.train)
-            self.optimizer.step()
+        if not self._undecided:
+            return Verdict(0, 0, 0)
+        verdict, self._undecided = Verdict(*self._undecided.read()), None
+        if not verdict.bad:
             self.ema.update()
             position.ema_updates += 1
             position.bad_in_a_row = 0
-        self.optimizer.zero_grad(set_to_none=True)
-        position.step += 1
-        position.samples += self.config.train.global_batch
+            return verdict
+        position.bad_steps += 1
+        position.bad_in_a_row += 1
         if position.bad_in_a_row >= self.config.train.max_bad_steps:
             raise ConfigError(
                 f"loss or gradient was not finite in {position.bad_in_a_row} steps in a row, up to step "
                 f"{position.step}: lower train.lr, or take train.precision=fp32; the newest checkpoint is unharmed"
             )
+        return verdict
 
     @torch.no_grad()
     def validation_loss(self, pictures: Batch, micro_batch: int) -> float:
@@ -237,9 +276,8 @@ class Trainer:
         images, labels, ids = (
             tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.labels, batch.positions)
         )
-        t = noise.integers(seed, ids, Use.TIMESTEP, self.config.diffusion.timesteps)
-        epsilon = noise.normals(seed, ids, Use.NOISE, tuple(images.shape[1:]))
-        hidden = noise.uniforms(seed, ids, Use.LABEL_DROPOUT) < self.config.model.label_dropout
+        t, epsilon, lot = noise.of_training(seed, ids, self.config.diffusion.timesteps, tuple(images.shape[1:]))
+        hidden = lot < self.config.model.label_dropout
         labels = torch.where(hidden, self.config.model.num_classes, labels)
         return self._objective(self._network, images, t, epsilon, labels), t
 
@@ -257,6 +295,10 @@ class Trainer:
             prediction_type=config.diffusion.prediction_type, loss_weighting=config.diffusion.loss_weighting,
             min_snr_gamma=config.diffusion.min_snr_gamma, learned_variance=config.model.learned_variance,
         )  # fmt: skip
+
+    def _flops_per_picture(self) -> int:
+        self.model.checkpointing = "none"
+        return flops_of(lambda: self._probe(self.model, 1))
 
     def _fits(self, checkpointing: Checkpointing, micro_batch: int) -> bool:
         """Try it on every rank at once, for a rank that has less memory than the others decides."""

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.noise import Use, integers, mix, normals, philox, uniforms
+from pipeline.noise import Use, integers, mix, normals, of_training, philox, uniforms
 
 # Golden values, made with this module once its known answers held.
 UNIFORMS = [
@@ -104,6 +104,15 @@ def test_normals_do_not_depend_on_the_number_of_threads(threads: int) -> None:
         assert torch.equal(normals(1, ids, Use.NOISE, shape), alone)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 4, 4)])
+def test_what_a_step_draws_together_is_what_three_draws_give(shape: tuple[int, ...]) -> None:
+    ids = torch.tensor([5, 2**32 + 5, 0, 2**62])
+    t, noise, lot = of_training(3, ids, 1000, shape)
+    assert torch.equal(t, integers(3, ids, Use.TIMESTEP, 1000))
+    assert torch.equal(noise, normals(3, ids, Use.NOISE, shape))
+    assert torch.equal(lot, uniforms(3, ids, Use.LABEL_DROPOUT))
 
 
 def test_nothing_is_drawn_from_or_left_in_the_global_generator() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import configfile
 from pipeline.config import Config
@@ -13,6 +16,7 @@ from pipeline.data.batches import Batch, read_all
 from pipeline.data.shardset import ShardSet
 from pipeline.errors import ConfigError
 from pipeline.run import world
+from pipeline.run.meter import Meter
 from pipeline.run.world import World
 from pipeline.trainer import Position, Trainer
 from tests.launch import TINY
@@ -36,9 +40,25 @@ def trained(config: Config, alone: World, batch: Batch, steps: int = 1) -> tuple
     trainer, position = Trainer(config, alone), Position(lanes=12)
     trainer.settle(position)
     for _ in range(steps):
-        gradient = trainer.gradient(batch, position)
-        trainer.update(position, bad=not bool(gradient.finite))
+        stepped(trainer, position, batch)
     return trainer, position
+
+
+def stepped(trainer: Trainer, position: Position, batch: Batch, *, bad: bool = False) -> Tensor:
+    """Take a step, and act on its verdict at once; its losses."""
+    gradient = trainer.gradient(batch, position)
+    trainer.update(position, trainer.world.agree_soon(bad or ~gradient.finite, 0, False))
+    trainer.conclude(position)
+    return gradient.losses
+
+
+def copied(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    return {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.tensors().items()}
+
+
+def assert_same(parts: dict[str, dict[str, Tensor]], others: dict[str, dict[str, Tensor]]) -> None:
+    for part, tensors in parts.items():
+        assert [name for name, tensor in tensors.items() if not torch.equal(tensor, others[part][name])] == []
 
 
 def test_a_step_trains_every_parameter(alone: World, batch: Batch) -> None:
@@ -72,26 +92,121 @@ def test_a_step_is_a_function_of_its_position(alone: World, batch: Batch) -> Non
 
 def test_a_bad_step_changes_nothing_but_its_counters(alone: World, batch: Batch) -> None:
     trainer, position = trained(tiny(), alone, batch)
-    before = {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.tensors().items()}
+    before = copied(trainer)
+    gradient = trainer.gradient(batch, position)
+    next(trainer.model.parameters()).grad.fill_(torch.nan)  # type: ignore[union-attr]
+    trainer.update(position, alone.agree_soon(True, 0, False))
+    assert trainer.conclude(position).bad == 1
+    assert (position.step, position.samples, position.bad_steps, position.ema_updates) == (2, 24, 1, 1)
+    assert_same(copied(trainer), before)
+    assert gradient.finite
+
+
+def test_a_step_is_bad_if_a_weight_or_a_loss_is_not_finite(alone: World, batch: Batch) -> None:
+    trainer, position = trained(tiny(), alone, batch)
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(torch.inf)
-    gradient = trainer.gradient(batch, position)
-    assert not gradient.finite
-    trainer.update(position, bad=True)
-    assert (position.step, position.samples, position.bad_steps, position.ema_updates) == (2, 24, 1, 1)
-    for part in ("ema", "optimizer"):
-        assert all(torch.equal(tensor, before[part][name]) for name, tensor in trainer.tensors()[part].items())
+    assert not trainer.gradient(batch, position).finite
+
+
+def test_a_bad_step_in_between_leaves_the_good_ones_as_they_were(alone: World, batch: Batch) -> None:
+    """Adam counts its own steps for the correction of its moments, and the average its updates for its warm-up."""
+    settings = ("train.warmup_steps=0", "train.ema_decay=0.99")
+    plain, position = trained(tiny(*settings), alone, batch, steps=0)
+    bumpy, other = trained(tiny(*settings), alone, batch, steps=0)
+    for i in range(4):
+        if i == 2:
+            stepped(bumpy, other, batch, bad=True)
+            other.step -= 1  # dropout is keyed by the step
+        stepped(plain, position, batch)
+        stepped(bumpy, other, batch)
+    assert (other.bad_steps, other.bad_in_a_row, other.ema_updates) == (1, 0, 4)
+    assert_same(copied(plain), copied(bumpy))
+
+
+def test_a_verdict_heeded_a_step_later_changes_no_bit(alone: World, batch: Batch) -> None:
+    prompt, position = trained(tiny(), alone, batch, steps=4)
+    late, other = trained(tiny(), alone, batch, steps=0)
+    for _ in range(4):
+        gradient = late.gradient(batch, other)  # queued before the verdict on the last step is read, as on a GPU
+        late.conclude(other)
+        late.update(other, alone.agree_soon(~gradient.finite, 0, False))
+    late.conclude(other)
+    assert other == position
+    assert_same(copied(prompt), copied(late))
+
+
+def test_nothing_is_saved_while_a_verdict_is_open(alone: World, batch: Batch) -> None:
+    trainer, position = trained(tiny(), alone, batch)
+    trainer.update(position, alone.agree_soon(False, 0, False))
+    with pytest.raises(RuntimeError, match="call `conclude` first"):
+        trainer.tensors()
+
+
+def test_what_the_ranks_agreed_on_is_told_once(alone: World, batch: Batch) -> None:
+    trainer, position = trained(tiny(), alone, batch)
+    trainer.gradient(batch, position)
+    trainer.update(position, alone.agree_soon(torch.tensor(False), 5, True))
+    assert trainer.conclude(position) == (0, 5, 1)
+    assert trainer.conclude(position) == (0, 0, 0)
+    assert position.ema_updates == 2
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(alone: World, batch: Batch) -> None:
     trainer, position = trained(tiny("train.max_bad_steps=3"), alone, batch)
-    trainer.update(position, bad=True)
-    trainer.gradient(batch, position)
-    trainer.update(position, bad=False)
-    trainer.update(position, bad=True)
-    trainer.update(position, bad=True)
+    for bad in (True, False, True, True):
+        stepped(trainer, position, batch, bad=bad)
     with pytest.raises(ConfigError, match=r"not finite in 3 steps in a row, up to step 6: lower train\.lr"):
-        trainer.update(position, bad=True)
+        stepped(trainer, position, batch, bad=True)
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: reading a number, shapes that depend on values, copies of lists."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if masks or name in {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh"}:
+            raise AssertionError(f"{func} in a step: a GPU would be waited for")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [
+    (), ("model.num_classes=0",), ("train.checkpointing=full",), ("train.precision=bf16",),
+    ("model.learned_variance=true", "diffusion.loss_weighting=min_snr"),
+])  # fmt: skip
+def test_no_operation_of_a_step_waits_for_the_device(alone: World, batch: Batch, settings: tuple[str, ...]) -> None:
+    trainer, position = trained(tiny("model.dropout=0.3", *settings), alone, batch)
+    meter = Meter(100, alone.device, trainer.flops)
+    with _NoWaiting():
+        gradient = trainer.gradient(batch, position)
+        trainer.update(position, alone.agree_soon(~gradient.finite, 0, False))
+        meter.add(gradient.losses, gradient.t, gradient.norm)
+        with pytest.raises(AssertionError, match="waited for"):
+            gradient.finite.item()
+    assert trainer.conclude(position).bad == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_gpu(batch: Batch) -> None:
+    gpu = world.enter("cuda", 60)
+    trainer, position = trained(tiny("model.dropout=0.3", "train.device=cuda"), gpu, batch, steps=2)
+    pinned = Batch(batch.images.pin_memory(), batch.labels, batch.positions)
+    meter = Meter(100, gpu.device, trainer.flops)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            with meter.waiting():
+                pass
+            gradient = trainer.gradient(pinned, position)
+            trainer.conclude(position)
+            trainer.update(position, gpu.agree_soon(~gradient.finite, 0, False))
+            meter.add(gradient.losses, gradient.t, gradient.norm)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.conclude(position) == (0, 0, 0)
+    assert (position.step, position.ema_updates) == (5, 5)
 
 
 @pytest.mark.parametrize("policy", ["none", "attention", "blocks", "full"])
@@ -125,9 +240,7 @@ def test_every_option_learns_to_fit_one_batch(alone: World, batch: Batch, settin
     position.micro_batch = 12
     losses = []
     for _ in range(60):
-        gradient = trainer.gradient(batch, position)
-        trainer.update(position, bad=not bool(gradient.finite))
-        losses.append(float(gradient.losses.mean()))
+        losses.append(float(stepped(trainer, position, batch).mean()))
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pipeline import storage
+from pipeline.run.flops import peak_flop_per_s
+
 QUARTILES = 4
+LIMITING = 1 / 3
+"""Share of the time without data from which on the loader is what limits."""
 
 
 class Meter:
@@ -19,32 +25,40 @@ class Meter:
     Args:
         timesteps: T of the diffusion.
         device: where the losses are.
+        flops: of a step on this device, forward and backward, without what is computed twice to save memory.
     """
 
-    def __init__(self, timesteps: int, device: torch.device) -> None:
-        self._timesteps = timesteps
+    def __init__(self, timesteps: int, device: torch.device, flops: float) -> None:
+        self._timesteps, self._device, self._flops = timesteps, device, flops
+        self._peak = peak_flop_per_s(device)
         self._losses = torch.zeros(2, QUARTILES, dtype=torch.float64, device=device)
-        self._grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self._norms = torch.zeros(2, dtype=torch.float64, device=device)
+        self._readings, self._has_warned = 0, False
         self._clear()
 
     def _clear(self) -> None:
         self._losses.zero_()
-        self._grad_norm.zero_()
-        self._finite_norms = torch.zeros_like(self._grad_norm)
+        self._norms.zero_()
         self._steps, self._wait_s, self._since = 0, 0.0, time.perf_counter()
 
-    def add(self, losses: Tensor, t: Tensor, grad_norm: Tensor, wait_s: float) -> None:
-        """A step: per-sample losses (n,) at timesteps t (n,), gradient norm, and how long it waited for data.
+    def add(self, losses: Tensor, t: Tensor, grad_norm: Tensor) -> None:
+        """A step: per-sample losses (n,) at timesteps t (n,), and the norm of the gradient.
 
         What is not finite counts for nothing here.
         """
         quartile, finite = t * QUARTILES // self._timesteps, losses.isfinite()
         self._losses[0].index_add_(0, quartile, torch.where(finite, losses, 0).to(torch.float64))
         self._losses[1].index_add_(0, quartile, finite.to(torch.float64))
-        self._grad_norm += grad_norm.nan_to_num(0.0, 0.0, 0.0)
-        self._finite_norms += grad_norm.isfinite()
-        self._wait_s += wait_s
+        self._norms += torch.stack((grad_norm.nan_to_num(0.0, 0.0, 0.0), grad_norm.isfinite()))
         self._steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent here as waiting for data, unless the device still had work to do at its end."""
+        started = time.perf_counter()
+        yield
+        if self._device.type != "cuda" or torch.cuda.current_stream(self._device).query():
+            self._wait_s += time.perf_counter() - started
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,25 +68,54 @@ class Meter:
         self._since += time.perf_counter() - started
 
     def read(self, total: Callable[[Tensor], Tensor], global_batch: int) -> dict[str, float]:
-        """The figures since the last reading; what was never finite is left out.
+        """The figures since the last reading; what was never finite is left out, and so is use of an unknown device.
 
         Args:
             total: elementwise sum over the ranks.
             global_batch: pictures in a step.
         """
-        seconds = time.perf_counter() - self._since
         sums, counts = total(self._losses).tolist()
+        norm, norms = self._norms.tolist()
+        seconds = max(time.perf_counter() - self._since, 1e-9)  # now that the device has done it all
+        flop_per_s = self._flops * self._steps / seconds
         figures = {
-            "speed/images_per_s": global_batch * self._steps / max(seconds, 1e-9),
-            "speed/data_wait_share": min(1.0, self._wait_s / max(seconds, 1e-9)),
+            "speed/images_per_s": global_batch * self._steps / seconds,
+            "speed/data_wait_share": min(1.0, self._wait_s / seconds),
+            "speed/tflop_per_s": flop_per_s / 1e12,
         }
+        if self._peak:
+            figures["speed/mfu"] = flop_per_s / self._peak
         if sum(counts):
             figures["train/loss"] = sum(sums) / sum(counts)
-        if norms := int(self._finite_norms):
-            figures["train/grad_norm"] = float(self._grad_norm) / norms
+        if norms:
+            figures["train/grad_norm"] = norm / norms
         bounds = [math.ceil(self._timesteps * i / QUARTILES) for i in range(QUARTILES + 1)]
         for i, (loss, count) in enumerate(zip(sums, counts)):
             if count:
                 figures[f"train/loss_t{bounds[i]:04d}-{bounds[i + 1] - 1:04d}"] = loss / count
+        self._readings += 1
         self._clear()
         return figures
+
+    def loader_limits(self, figures: dict[str, float], *, workers: int, shards: str, retries: float) -> str | None:
+        """A warning, once, if the loader is what limits; the first interval counts for nothing, as it fills its queue.
+
+        Args:
+            figures: as last read.
+            workers: loader processes of this rank.
+            shards: where they read.
+            retries: how often reading had to be repeated, on all ranks.
+        """
+        share = figures["speed/data_wait_share"]
+        if share <= LIMITING or self._readings < 2 or self._has_warned:
+            return None
+        self._has_warned = True
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if retries:
+            cause = f"{retries:.0f} reads had to be repeated: copy {shards} to nearer or sounder storage"
+        elif workers < cores:
+            cause = f"raise data.workers from {workers}: there are {cores} cores for each process"
+            cause += f", and {shards} is far away" if storage.is_remote(shards) else ""
+        else:
+            cause = f"{workers} workers share {cores} cores: give the job more cores, or shard at the size trained on"
+        return f"warning: {share:.0%} of the time goes in waiting for data; {cause}"

@@ -1,4 +1,4 @@
-"""Adam, and its state as tensors named after the parameters they belong to."""
+"""Adam, which the device itself can hold back, and its state as tensors named after their parameters."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def make_adam(model: nn.Module, lr: float) -> torch.optim.Adam:
             **{moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in _MOMENTS},
         }
     return optimizer
+
+
+def step_unless(bad: Tensor, optimizer: torch.optim.Adam, lr: float) -> None:
+    """A step of Adam, or none at all if `bad`, a number on the device that nobody waits for, is 1 and not 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]  # as GradScaler tells fused optimizers
+    optimizer.step()
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -6,19 +6,37 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import ConfigError, DataError, PipelineError
 
 T = TypeVar("T")
 
 _KINDS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks have agreed on: on the device at once, on the host as soon as the device has come that far."""
+
+    values: Tensor
+    """int32, on the device."""
+    _copy: Tensor
+    _copied: torch.cuda.Event | None
+
+    def read(self) -> list[int]:
+        """The values, once they are there; work that was queued on the device after them goes on meanwhile."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [int(value) for value in self._copy.tolist()]
 
 
 @dataclass(frozen=True)
@@ -37,10 +55,30 @@ class World:
 
     def agree(self, *values: int | bool | Tensor) -> list[int]:
         """The highest of each value over the ranks. One small all-reduce; no rank may skip it."""
-        highest = torch.stack([torch.as_tensor(value, device=self.device).to(torch.int32) for value in values])
+        return self.agree_soon(*values).read()
+
+    def agree_soon(self, *values: int | bool | Tensor) -> Agreement:
+        """The same, but nobody waits for the device before the values are read."""
+        highest = torch.stack([self._as_int32(value) for value in values])
         if self.size > 1:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        return [int(value) for value in highest.tolist()]
+        copy, copied = highest.to("cpu", non_blocking=True), None  # page-locked, as torch makes such copies
+        if highest.is_cuda:
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied.record()
+        return Agreement(highest, copy, copied)
+
+    def _as_int32(self, value: int | bool | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(self.device, torch.int32)
+        return torch.full((), int(value), dtype=torch.int32, device=self.device)  # a kernel; a copy would be waited for
+
+    def data_parallel(self, model: nn.Module, compression: Literal["none", "bf16"]) -> nn.Module:
+        """The module with gradients averaged over the ranks, in float32 or sent and summed in half as many bits."""
+        wrapped: DistributedDataParallel = self.accelerator.prepare_model(model)
+        if compression == "bf16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the ranks, on all of them."""
