@@ -1,0 +1,241 @@
+"""How fast is a training step, against diffusers, denoising-diffusion-pytorch and the reference article's network?
+
+    python benchmarks/train_step.py [--batch N] [--rounds N] [--threads N] [--compile] [--profile] [--only NAME ...]
+
+A step is forward and backward pass, clipping, optimizer and moving average. Ours is the Trainer's, with the paper's
+32-px network of configs/cifar10.yaml; it also turns uint8 into floats and draws noise that is keyed by sample. The
+step of diffusers is that of its unconditional example, with the same network and weights: AdamW, EMAModel, mixed
+precision as accelerate enters it, pictures that are floats already. The other two have their own networks, of 35.7 M
+and 34.8 M parameters, and Adam; the article has no moving average. All are compiled with --compile. As shipped,
+diffusers is float32, not compiled; on a GPU torch then rounds convolutions to TF32, which for the others is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F  # noqa: N812  the field's name
+from accelerate import Accelerator
+from article import ArticleNet
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from turns import Turns
+
+from pipeline import configfile
+from pipeline.config import Config
+from pipeline.data.batches import Batch
+from pipeline.generator import autocast
+from pipeline.model import interchange
+from pipeline.run.world import World
+from pipeline.trainer import Position, Trainer
+
+CONFIG = Path(__file__).parents[1] / "configs/cifar10.yaml"
+SHIPPED = "diffusers, as shipped"
+Step = Callable[[], object]
+
+KINDS = {
+    "convolution": ("conv",),
+    "GroupNorm": ("group_norm",),
+    "attention": ("scaled_dot_product", "attention"),
+    "matrix products": ("mm", "linear"),
+    "dropout": ("bernoulli", "dropout"),
+    "SiLU, sums, products": ("silu", "aten::add", "aten::mul", "aten::div", "sigmoid", "aten::sum"),
+    "optimizer, average, clipping": ("_foreach", "_fused", "adam", "lerp", "norm", "addcdiv", "addcmul", "sqrt"),
+    "copies, casts, joins": ("copy", "cat", "clone", "zero", "fill", "to_copy"),
+    "compiled": ("triton", "graph_", "Compiled"),
+}
+"""Parts of the names of operations; the first kind that fits counts."""
+
+
+def config_of(batch: int, precision: str, compiled: bool) -> Config:
+    settings = [f"train.global_batch={batch}", f"train.micro_batch={batch}", f"train.precision={precision}",
+                "train.checkpointing=none", f"train.compile={str(compiled).lower()}"]  # fmt: skip
+    return configfile.load(str(CONFIG), tuple(settings), lambda name: Path(name).read_text())
+
+
+def ours(images: Tensor, world: World, precision: str, compiled: bool) -> tuple[Step, nn.Module]:
+    batch = len(images)
+    trainer, position = Trainer(config_of(batch, precision, compiled), world), Position(lanes=1)
+    trainer.settle(position)
+    trainer.model.train()
+
+    def step() -> None:
+        pictures = Batch(images, torch.full((batch,), -1), torch.arange(batch) + position.samples)
+        gradient = trainer.gradient(pictures, position)
+        trainer.update(position, world.agree_soon(~gradient.finite, 0, 0))
+        trainer.conclude(position)
+
+    return step, trainer.model
+
+
+def of_diffusers(images: Tensor, device: torch.device, precision: str, compiled: bool, weights: dict) -> Step:
+    """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py."""
+    config = config_of(len(images), precision, compiled)
+    model = UNet2DModel.from_config(interchange.diffusers_config(config.model, 3, (32, 32)))
+    model.load_state_dict(interchange.to_diffusers(weights))
+    model.to(device).train()
+    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4,
+                   model_cls=UNet2DModel, model_config=model.config)  # fmt: skip
+    ema.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    loaded, dtype = images / 127.5 - 1, torch.bfloat16 if precision == "bf16" else torch.float32
+    network = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        clean = loaded.to(device).to(dtype)
+        noise = torch.randn(clean.shape, dtype=dtype, device=device)
+        t = torch.randint(0, 1000, (len(clean),), device=device).long()
+        noisy = scheduler.add_noise(clean, noise, t)
+        with autocast(device, precision):
+            output = network(noisy, t).sample
+        F.mse_loss(output.float(), noise.float()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+
+    return step
+
+
+def of_the_article(images: Tensor, device: torch.device, precision: str, compiled: bool) -> Step:
+    model = ArticleNet().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-4)
+    bars = (1 - torch.linspace(1e-4, 0.02, 1000, device=device)).cumprod(0)
+    loaded, network = images / 127.5 - 1, torch.compile(model) if compiled else model
+
+    def step() -> None:
+        clean = loaded.to(device)
+        noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),), device=device)
+        bar = bars[t][:, None, None, None]
+        with autocast(device, precision):
+            output = network(bar.sqrt() * clean + (1 - bar).sqrt() * noise, t)
+        F.mse_loss(output.float(), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def of_lucidrains(images: Tensor, device: torch.device, precision: str, compiled: bool) -> Step:
+    """The loop of denoising-diffusion-pytorch's Trainer, with the settings of its README."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # noqa: PLC0415  needs torchvision
+    from ema_pytorch import EMA  # noqa: PLC0415
+
+    diffusion = GaussianDiffusion(Unet(dim=64, dim_mults=(1, 2, 4, 8)), image_size=32, timesteps=1000).to(device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=0.995, update_every=10)
+    loaded, loss_of = images / 255, torch.compile(diffusion) if compiled else diffusion
+
+    def step() -> None:
+        with autocast(device, precision):
+            loss = loss_of(loaded.to(device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    return step
+
+
+@contextmanager
+def as_torch_ships() -> Iterator[None]:
+    """Convolutions in TF32, and cuDNN's first choice of an algorithm."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True):
+        yield
+
+
+def shipped(step: Step) -> None:
+    with as_torch_ships():
+        step()
+
+
+def contestants(images: Tensor, world: World, compiled: bool) -> dict[str, Step]:
+    device, found = world.device, {}
+    for precision in ("fp32", "bf16"):
+        found[f"ours, {precision}"], model = ours(images, world, precision, compiled)
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        found[f"diffusers, {precision}"] = of_diffusers(images, device, precision, compiled, weights)
+        if precision == "fp32":
+            plain = found["diffusers, fp32"]
+            if device.type == "cuda" or compiled:
+                plain = of_diffusers(images, device, precision, False, weights)
+            found[SHIPPED] = partial(shipped, plain)
+        found[f"article, {precision}"] = of_the_article(images, device, precision, compiled)
+        if importlib.util.find_spec("denoising_diffusion_pytorch") and importlib.util.find_spec("torchvision"):
+            found[f"lucidrains, {precision}"] = of_lucidrains(images, device, precision, compiled)
+    if device.type == "cpu" and not compiled:
+        del found[SHIPPED]  # the same as in float32
+    return found
+
+
+def where_the_time_goes(steps: dict[str, Step], device: torch.device) -> None:
+    """Milliseconds of a step by kind of operation; of a CPU they are the clock's, so let nobody else use it."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    table: dict[str, dict[str, float]] = {}
+    for name, step in steps.items():
+        with profile(activities=activities) as profiler:
+            step()
+        spent = dict.fromkeys([*KINDS, "rest"], 0.0)
+        for event in profiler.key_averages():
+            if cuda and event.device_type == DeviceType.CUDA:
+                continue  # kernels, which count for the operation that started them
+            kind = next((k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "rest")
+            spent[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
+        table[name] = spent
+    print("\nms of one step, with the profiler's own time:")
+    print(f"{'':32}" + "".join(f"{name:>18}" for name in table))
+    for kind in [*KINDS, "rest"]:
+        print(f"{kind:32}" + "".join(f"{spent[kind]:18.1f}" for spent in table.values()))
+    print(f"{'sum':32}" + "".join(f"{sum(spent.values()):18.1f}" for spent in table.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=0, help="default: 128 on a GPU, 8 on a CPU")
+    parser.add_argument("--rounds", type=int, default=0, help="default: 20 on a GPU, 4 on a CPU")
+    parser.add_argument("--threads", type=int, default=0, help="of a CPU; default: all cores")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="also: where the time of a step goes")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="beginnings of names, such as ours")
+    options = parser.parse_args()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    device = accelerator.device
+    cuda = device.type == "cuda"
+    batch, rounds = options.batch or (128 if cuda else 8), options.rounds or (20 if cuda else 4)
+    turns = Turns(device, options.threads)
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8)
+    steps = contestants(images, World(accelerator, 0, 1, device), options.compile)
+    if options.only:
+        steps = {name: step for name, step in steps.items() if name.startswith(tuple(options.only))}
+    turns.take(steps, rounds)
+    default = SHIPPED if SHIPPED in steps else "diffusers, fp32"
+    print(f"{'':24}{'ms':>9}{'images/s':>10}{'x diffusers':>13}{'x as shipped':>14}")
+    for name in steps:
+        seconds, peer = turns.median(name), f"diffusers, {name[-4:]}"
+        same = f"{turns.faster(name, peer):.2f}" if peer in steps else ""
+        against = f"{turns.faster(name, default):.2f}" if default in steps else ""
+        print(f"{name:24}{seconds * 1e3:9.1f}{batch / seconds:10.2f}{same:>13}{against:>14}")
+    if not any(name.startswith("lucidrains") for name in steps):
+        print("denoising-diffusion-pytorch: left out, it is not here with the torchvision that it needs")
+    how = "compiled" if options.compile else "not compiled"
+    print(f"{turns.where()}, diffusers {diffusers.__version__}, batch {batch}, {how}; medians of {rounds} rounds")
+    if options.profile:
+        where_the_time_goes({n: s for n, s in steps.items() if n.startswith(("ours", "diffusers"))}, device)
+
+
+if __name__ == "__main__":
+    main()

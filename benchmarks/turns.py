@@ -1,0 +1,68 @@
+"""Contestants take turns, so that a busy machine slows all alike; their figures are medians, and medians of ratios."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+class Turns:
+    """Seconds that each contestant took in each round.
+
+    Args:
+        device: where the work is done; it is waited for at both ends of a turn.
+        threads: of a CPU. With one, the processor's time is taken and not the clock's, which others' work stretches.
+    """
+
+    def __init__(self, device: torch.device, threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._device, self._alone = device, device.type == "cpu" and torch.get_num_threads() == 1
+        self.seconds: dict[str, list[float]] = {}
+
+    def take(self, contestants: Mapping[str, Callable[[], object]], rounds: int) -> None:
+        """Some rounds after one that does not count."""
+        for number in range(rounds + 1):
+            for name, work in contestants.items():
+                seconds = self._timed(work)
+                if number:
+                    self.seconds.setdefault(name, []).append(seconds)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        clock = time.process_time if self._alone else time.perf_counter
+        self._wait()
+        started = clock()
+        work()
+        self._wait()
+        return clock() - started
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def median(self, name: str) -> float:
+        """Seconds of a turn."""
+        return statistics.median(self.seconds[name])
+
+    def faster(self, name: str, other: str) -> float:
+        """How many times faster than another."""
+        return statistics.median(theirs / ours for ours, theirs in zip(self.seconds[name], self.seconds[other]))
+
+    def where(self) -> str:
+        """The machine, for the foot of a table."""
+        if self._device.type == "cuda":
+            return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+        names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+        threads = torch.get_num_threads()
+        clock = "1 thread, seconds of its processor" if self._alone else f"{threads} threads, seconds of the clock"
+        return f"{(names or [platform.processor()])[0]}, {clock}, torch {torch.__version__}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
