@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test soak lint schema bench clean
+BENCHMARKS := "shard_throughput.py --rounds 3" "loader_throughput.py --rounds 2" "checkpoint_stall.py --saves 3"
+
+.PHONY: demo test soak lint schema quality bench clean
 
 demo: samples/demo.png
 	@printf '%s\n' '' 'The demo is complete.' \
@@ -38,8 +40,11 @@ schema: $(VENV)/ready  ## after a change of pipeline/config.py
 	$(BIN)/python -c "import json, pipeline.config as c; print(json.dumps(c.Config.model_json_schema(), indent=1))" > configs/config.schema.json.new
 	mv configs/config.schema.json.new configs/config.schema.json
 
-bench: samples/demo.png
+quality: samples/demo.png  ## do the demo's samples show what they were asked for?
 	$(BIN)/python benchmarks/demo_quality.py
+
+bench: $(VENV)/ready  ## what fits a CPU, with the peers in the same run; a quarter of an hour
+	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python benchmarks/$$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs/demo samples/demo samples/demo.png shards/digits
