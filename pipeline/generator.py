@@ -5,6 +5,7 @@ A seed fixes a picture: its start and the noise of every step are keyed by it, w
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -26,7 +27,7 @@ from pipeline.diffusion import samplers
 from pipeline.diffusion.schedule import Denoise, Schedule, make_schedule
 from pipeline.errors import ConfigError, DataError
 from pipeline.model import interchange
-from pipeline.model.unet import UNet
+from pipeline.model.unet import Float32Linear, UNet
 from pipeline.noise import Use
 from pipeline.run import checkpoint as checkpoints
 
@@ -51,7 +52,7 @@ class Generator:
 
     Args:
         config: of the run the network comes from.
-        network: on `device`.
+        network: on `device`; its weights must not change afterwards.
         schedule: of the diffusion, on `device`.
         device: where to draw.
         ema: whether the weights are the averaged ones; only written down.
@@ -73,7 +74,14 @@ class Generator:
         self.config, self.ema, self._clip = config, ema, clip
         names = class_names or [str(number) for number in range(config.model.num_classes)]
         self.class_names = tuple(names) if config.model.num_classes else None
-        self._network, self._schedule, self.device = network.eval(), schedule, device
+        self._networks = {"fp32": network.eval()}
+        self._schedule, self.device = schedule, device
+
+    def network(self, precision: str) -> nn.Module:
+        """What is called, under `autocast`, for pictures in this precision; may be compiled in place."""
+        if precision not in self._networks:
+            self._networks[precision] = _cast_ahead(self._networks["fp32"])
+        return self._networks[precision]
 
     def labels(self, seeds: Iterable[int], manner: Manner) -> dict[int, int]:
         """Seed → class; empty for a model without classes."""
@@ -124,7 +132,7 @@ class Generator:
             clip=self._clip,
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _trajectory(self, seeds: range, manner: Manner, go_on: Callable[[], None]) -> Iterator[samplers.Step]:
         """The noisy pictures after each step, keyed by seed and timestep."""
         ids = torch.arange(seeds.start, seeds.stop, device=self.device)
@@ -141,10 +149,12 @@ class Generator:
         )  # fmt: skip
 
     def _denoiser(self, labels: Tensor | None, manner: Manner, go_on: Callable[[], None]) -> Denoise:
+        network = self.network(manner.precision)
+
         def call(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
             go_on()
             with autocast(self.device, manner.precision):
-                return cast(Tensor, self._network(x.contiguous(memory_format=torch.channels_last), t, labels))
+                return cast(Tensor, network(x.contiguous(memory_format=torch.channels_last), t, labels))
 
         if labels is None:
             return lambda x, t: call(x, t, None)
@@ -159,6 +169,15 @@ def _to_pictures(x: Tensor) -> NDArray[np.uint8]:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context the network is called in: bf16 autocast, or none."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _cast_ahead(network: nn.Module) -> nn.Module:
+    """The same network with the weights in bf16 that autocast would round at each call, to the same bits."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.GroupNorm | nn.Linear) and not isinstance(module, Float32Linear):
+            module.to(torch.bfloat16)
+    return network
 
 
 def load(source: str, device: torch.device, *, ema: bool = True) -> tuple[Generator, str]:

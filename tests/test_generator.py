@@ -172,6 +172,18 @@ def test_a_run_a_checkpoint_and_its_two_sets_of_weights(tiny_run: Path) -> None:
     assert any((drawn[0][seed] != drawn[2][seed]).any() for seed in range(4))
 
 
+def test_weights_rounded_ahead_give_the_bits_of_autocast(theirs: Path) -> None:
+    drawing, _ = generator.load(str(theirs), CPU)
+    plain = drawing.network("fp32")
+    ahead = drawing.network("bf16")
+    assert any(parameter.dtype == torch.bfloat16 for parameter in ahead.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in plain.parameters())
+    x, t = generator.noise.normals(0, torch.arange(4), generator.Use.SAMPLE_START, (3, 8, 8)), torch.arange(4) * 200
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), generator.autocast(CPU, "bf16"):
+        assert torch.equal(plain(x, t), ahead(x, t))
+
+
 def test_an_empty_run_has_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(NoCheckpoint, match="no checkpoint yet"):
         generator.load(str(tmp_path), CPU)
