@@ -39,7 +39,7 @@ from pipeline.model import interchange
 from pipeline.run.world import World
 from pipeline.trainer import Position, Trainer
 
-CONFIG = Path(__file__).parents[1] / "configs/cifar10.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = "diffusers, as shipped"
 Step = Callable[[], object]
 
@@ -57,31 +57,43 @@ KINDS = {
 """Parts of the names of operations; the first kind that fits counts."""
 
 
-def config_of(batch: int, precision: str, compiled: bool) -> Config:
-    settings = [f"train.global_batch={batch}", f"train.micro_batch={batch}", f"train.precision={precision}",
-                "train.checkpointing=none", f"train.compile={str(compiled).lower()}"]  # fmt: skip
-    return configfile.load(str(CONFIG), tuple(settings), lambda name: Path(name).read_text())
+def config_of(name: str, batch: int, precision: str, *, compiled: bool = False, **train: str) -> Config:
+    """One of the configurations, for steps of one micro-batch that keeps all activations."""
+    train |= {"global_batch": str(batch), "micro_batch": "auto", "precision": precision, "checkpointing": "none"}
+    settings = [f"train.{key}={value}" for key, value in (train | {"compile": str(compiled).lower()}).items()]
+    return configfile.load(str(CONFIGS / name), tuple(settings), lambda file: Path(file).read_text())
 
 
-def ours(images: Tensor, world: World, precision: str, compiled: bool) -> tuple[Step, nn.Module]:
-    batch = len(images)
-    trainer, position = Trainer(config_of(batch, precision, compiled), world), Position(lanes=1)
+def pictures(config: Config, count: int) -> Tensor:
+    """Noise as uint8, (count, C, H, W)."""
+    return torch.randint(0, 256, (count, config.data.channels, *config.data.height_width), dtype=torch.uint8)
+
+
+def ours(config: Config, images: Tensor, world: World) -> tuple[Step, nn.Module]:
+    """The Trainer's step on a rank's share of the global batch, and its network."""
+    count = len(images)
+    trainer, position = Trainer(config, world), Position(lanes=1, micro_batch=count)
     trainer.settle(position)
     trainer.model.train()
 
     def step() -> None:
-        pictures = Batch(images, torch.full((batch,), -1), torch.arange(batch) + position.samples)
-        gradient = trainer.gradient(pictures, position)
+        places = torch.arange(count) + position.samples + world.rank * count
+        gradient = trainer.gradient(Batch(images, torch.full((count,), -1), places), position)
         trainer.update(position, world.agree_soon(~gradient.finite, 0, 0))
         trainer.conclude(position)
 
     return step, trainer.model
 
 
-def of_diffusers(images: Tensor, device: torch.device, precision: str, compiled: bool, weights: dict) -> Step:
+def same_in_diffusers(config: Config) -> UNet2DModel:
+    """The network of a configuration as diffusers builds it."""
+    words = interchange.diffusers_config(config.model, config.data.channels, config.data.height_width)
+    return UNet2DModel.from_config(words)
+
+
+def of_diffusers(config: Config, images: Tensor, device: torch.device, weights: dict[str, Tensor]) -> Step:
     """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py."""
-    config = config_of(len(images), precision, compiled)
-    model = UNet2DModel.from_config(interchange.diffusers_config(config.model, 3, (32, 32)))
+    model, precision = same_in_diffusers(config), config.train.precision
     model.load_state_dict(interchange.to_diffusers(weights))
     model.to(device).train()
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4,
@@ -90,7 +102,7 @@ def of_diffusers(images: Tensor, device: torch.device, precision: str, compiled:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     loaded, dtype = images / 127.5 - 1, torch.bfloat16 if precision == "bf16" else torch.float32
-    network = torch.compile(model) if compiled else model
+    network = torch.compile(model) if config.train.compile else model
 
     def step() -> None:
         clean = loaded.to(device).to(dtype)
@@ -161,16 +173,18 @@ def shipped(step: Step) -> None:
         step()
 
 
-def contestants(images: Tensor, world: World, compiled: bool) -> dict[str, Step]:
+def contestants(batch: int, world: World, compiled: bool) -> dict[str, Step]:
     device, found = world.device, {}
     for precision in ("fp32", "bf16"):
-        found[f"ours, {precision}"], model = ours(images, world, precision, compiled)
+        config = config_of("cifar10.yaml", batch, precision, compiled=compiled)
+        images = pictures(config, batch)
+        found[f"ours, {precision}"], model = ours(config, images, world)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        found[f"diffusers, {precision}"] = of_diffusers(images, device, precision, compiled, weights)
+        found[f"diffusers, {precision}"] = of_diffusers(config, images, device, weights)
         if precision == "fp32":
             plain = found["diffusers, fp32"]
             if device.type == "cuda" or compiled:
-                plain = of_diffusers(images, device, precision, False, weights)
+                plain = of_diffusers(config_of("cifar10.yaml", batch, precision), images, device, weights)
             found[SHIPPED] = partial(shipped, plain)
         found[f"article, {precision}"] = of_the_article(images, device, precision, compiled)
         if importlib.util.find_spec("denoising_diffusion_pytorch") and importlib.util.find_spec("torchvision"):
@@ -217,8 +231,7 @@ def main() -> None:
     batch, rounds = options.batch or (128 if cuda else 8), options.rounds or (20 if cuda else 4)
     turns = Turns(device, options.threads)
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8)
-    steps = contestants(images, World(accelerator, 0, 1, device), options.compile)
+    steps = contestants(batch, World(accelerator, 0, 1, device), options.compile)
     if options.only:
         steps = {name: step for name, step in steps.items() if name.startswith(tuple(options.only))}
     turns.take(steps, rounds)

@@ -17,12 +17,13 @@ class Turns:
     Args:
         device: where the work is done; it is waited for at both ends of a turn.
         threads: of a CPU. With one, the processor's time is taken and not the clock's, which others' work stretches.
+        waits: whether the work also waits for other processes, so that only the clock tells.
     """
 
-    def __init__(self, device: torch.device, threads: int = 0) -> None:
+    def __init__(self, device: torch.device, threads: int = 0, *, waits: bool = False) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self._device, self._alone = device, device.type == "cpu" and torch.get_num_threads() == 1
+        self._device, self._alone = device, device.type == "cpu" and torch.get_num_threads() == 1 and not waits
         self.seconds: dict[str, list[float]] = {}
 
     def take(self, contestants: Mapping[str, Callable[[], object]], rounds: int) -> None:
@@ -59,8 +60,8 @@ class Turns:
             return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
         names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
         threads = torch.get_num_threads()
-        clock = "1 thread, seconds of its processor" if self._alone else f"{threads} threads, seconds of the clock"
-        return f"{(names or [platform.processor()])[0]}, {clock}, torch {torch.__version__}"
+        clock = "seconds of the processor" if self._alone else "seconds of the clock"
+        return f"{(names or [platform.processor()])[0]}, threads: {threads}, {clock}, torch {torch.__version__}"
 
 
 def _cpuinfo() -> list[str]:
