@@ -27,7 +27,8 @@ from pipeline.diffusion import samplers
 from pipeline.diffusion.schedule import Denoise, Schedule, make_schedule
 from pipeline.errors import ConfigError, DataError
 from pipeline.model import interchange
-from pipeline.model.unet import Float32Linear, UNet
+from pipeline.model.blocks import Float32Linear
+from pipeline.model.unet import UNet
 from pipeline.noise import Use
 from pipeline.run import checkpoint as checkpoints
 

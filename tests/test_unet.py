@@ -7,7 +7,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ModelSection
 from pipeline.errors import ConfigError
-from pipeline.model.unet import Attention, Downsample, GroupNorm, Head, ResidualBlock, UNet, sinusoids
+from pipeline.model.blocks import Attention, Downsample, GroupNorm, Head, ResidualBlock
+from pipeline.model.lean import LeanConv2d
+from pipeline.model.unet import UNet, sinusoids
 
 SIZE = (8, 8)
 TINY = {"base_channels": 16, "channel_mults": (1, 2), "blocks_per_level": 1, "attention_sizes": (4,), "dropout": 0.0}
@@ -154,11 +156,12 @@ def with_policy(policy, **options):
     return model
 
 
+@pytest.mark.parametrize("options", [{"dropout": 0.3, "num_classes": 2}, OPTIONS[2], OPTIONS[4]], ids=str)
 @pytest.mark.parametrize("policy", ["attention", "blocks", "full"])
-def test_checkpointing_changes_no_gradient_even_with_dropout(policy):
+def test_checkpointing_changes_no_gradient_even_with_dropout(policy, options):
     gradients = []
     for kind in ("none", policy):
-        model = with_policy(kind, dropout=0.3, num_classes=2)
+        model = with_policy(kind, **options)
         torch.manual_seed(7)
         model(*inputs(model)).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -189,6 +192,7 @@ def test_each_checkpointing_policy_saves_more_than_the_one_before():
     print(f"\nbytes held for the backward pass: {held}")
     assert held == sorted(held, reverse=True)
     assert len(set(held)) == 4
+    assert held[1] < 0.7 * held[0]
     assert held[2] < 0.35 * held[0]
 
 
@@ -294,8 +298,9 @@ def test_channels_last_gives_the_same_pictures():
     torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last), t), expected, rtol=0, atol=1e-5)
 
 
-def test_torch_compile_sees_one_graph_with_checkpoints():
-    model = with_policy("blocks", num_classes=2)
+@pytest.mark.parametrize("policy", ["none", "attention", "blocks", "full"])
+def test_torch_compile_sees_one_graph_with_checkpoints(policy):
+    model = with_policy(policy, num_classes=2)
     args = inputs(model)
     expected = model(*args)
     expected.mean().backward()
@@ -321,5 +326,5 @@ def test_ddp_finds_every_parameter_in_use(tmp_path):
 
 
 def test_the_head_is_the_papers():
-    assert [type(module) for module in Head(32, 3, 32).children()] == [GroupNorm, nn.Conv2d]
+    assert [type(module) for module in Head(32, 3, 32).children()] == [GroupNorm, LeanConv2d]
     assert GroupNorm(32, 64).eps == 1e-6

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's name
@@ -18,118 +18,18 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelSection
 from pipeline.errors import ConfigError
+from pipeline.model.blocks import (
+    Attention,
+    Downsample,
+    Float32Linear,
+    Head,
+    ResidualBlock,
+    Upsample,
+    glorot,
+)
+from pipeline.model.lean import LeanConv2d
 
 Checkpointing = Literal["none", "attention", "blocks", "full"]
-
-_NEAR_ZERO = 1e-10  # of the last layer of each residual branch and of the output: the network begins as an identity
-
-
-_Layer = TypeVar("_Layer", bound=nn.Conv2d | nn.Linear)
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer that keeps the precision of its weights under autocast: neighbouring timesteps differ little."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out) in the dtype of the weights."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation that stays in the dtype of its input.
-
-    The kernels take the statistics of 16-bit input in float32; autocast would store the whole result in float32 too.
-    """
-
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → the same shape and dtype."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-class ResidualBlock(nn.Module):
-    """Two normalised convolutions beside a shortcut; the embedding enters between them."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, embedding: int, groups: int, dropout: float, scale_shift: bool
-    ) -> None:
-        super().__init__()
-        self.scale_shift = scale_shift
-        self.norm1 = GroupNorm(groups, in_channels)
-        self.conv1 = _glorot(nn.Conv2d(in_channels, out_channels, 3, padding=1))
-        self.embed = _glorot(Float32Linear(embedding, 2 * out_channels if scale_shift else out_channels))
-        self.norm2 = GroupNorm(groups, out_channels)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = _glorot(nn.Conv2d(out_channels, out_channels, 3, padding=1), _NEAR_ZERO)
-        self.shortcut = (
-            _glorot(nn.Conv2d(in_channels, out_channels, 1)) if in_channels != out_channels else nn.Identity()
-        )
-
-    def forward(self, embedding: Tensor, *parts: Tensor) -> Tensor:
-        """Embedding (B, E) and features (B, C, H, W), in two parts on the way up, → (B, C', H, W)."""
-        # Joined in here, so that a checkpoint keeps the parts, which others hold anyway, and not their copy.
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))
-        condition: Tensor = self.embed(embedding)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = condition.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale).to(h.dtype) + shift.to(h.dtype)
-        else:
-            h = self.norm2(h + condition.to(h.dtype))
-        h = self.conv2(self.dropout(F.silu(h)))
-        shortcut: Tensor = self.shortcut(x)
-        return shortcut + h
-
-
-class Attention(nn.Module):
-    """Self-attention over all positions beside a shortcut."""
-
-    def __init__(self, channels: int, head_channels: int, groups: int) -> None:
-        super().__init__()
-        self.heads = channels // head_channels
-        self.norm = GroupNorm(groups, channels)
-        self.qkv = _glorot(nn.Linear(channels, 3 * channels), parts=3)
-        self.out = _glorot(nn.Linear(channels, channels), _NEAR_ZERO)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → the same shape."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
-        q, k, v = (
-            self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each (B, heads, N, C/heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
-        projected: Tensor = self.out(attended)
-        return x + projected.transpose(1, 2).reshape(x.shape)
-
-
-class Downsample(nn.Module):
-    """A convolution of stride 2, padded on the right and below only, as TensorFlow's SAME does."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = _glorot(nn.Conv2d(channels, channels, 3, stride=2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H/2, W/2)."""
-        halved: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return halved
-
-
-class Upsample(nn.Module):
-    """Every pixel twice in each direction, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = _glorot(nn.Conv2d(channels, channels, 3, padding=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, 2H, 2W)."""
-        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return doubled
 
 
 class Level(nn.Module):
@@ -144,27 +44,13 @@ class Level(nn.Module):
         self.resample = resample
 
 
-class Head(nn.Module):
-    """Features → output."""
-
-    def __init__(self, channels: int, out_channels: int, groups: int) -> None:
-        super().__init__()
-        self.norm = GroupNorm(groups, channels)
-        self.conv = _glorot(nn.Conv2d(channels, out_channels, 3, padding=1), _NEAR_ZERO)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C', H, W)."""
-        output: Tensor = self.conv(F.silu(self.norm(x)))
-        return output
-
-
 # Each module of these kinds is recomputed in the backward pass, by itself: the outputs of blocks are skips, which the
 # way up holds in any case, so one checkpoint for a whole level would keep hardly less and recompute far more at once.
 _CHECKPOINTED: dict[str, tuple[type[nn.Module], ...]] = {
     "none": (),
     "attention": (Attention,),
     "blocks": (Attention, ResidualBlock),
-    "full": (Attention, ResidualBlock, Downsample, Upsample, Head),
+    "full": (Attention, ResidualBlock),
 }
 
 
@@ -175,8 +61,6 @@ class UNet(nn.Module):
     feature map, at the size the network is built for, is one of `attention_sizes`; it stays there for other sizes.
 
     Attributes:
-        checkpointing: what is computed twice to save memory; may be set at any time. `attention`: attention only;
-            `blocks`: also each residual block; `full`: also resampling and the output head.
         null_label: the label that stands for "no class", `num_classes`.
     """
 
@@ -194,7 +78,6 @@ class UNet(nn.Module):
         super().__init__()
         base, widths = section.base_channels, [section.base_channels * mult for mult in section.channel_mults]
         _check_section(section, widths)
-        self.checkpointing: Checkpointing = "none"
         self.halvings = len(widths) - 1
         self._check_size(*size)
         self.base_channels = base
@@ -224,10 +107,10 @@ class UNet(nn.Module):
             )
 
         self.time_mlp = nn.Sequential(
-            _glorot(Float32Linear(base, embedding)), nn.SiLU(), _glorot(Float32Linear(embedding, embedding))
+            glorot(Float32Linear(base, embedding)), nn.SiLU(), glorot(Float32Linear(embedding, embedding))
         )
         self.class_embedding = nn.Embedding(section.num_classes + 1, embedding) if section.num_classes else None
-        self.conv_in = _glorot(nn.Conv2d(channels, base, 3, padding=1))
+        self.conv_in = glorot(nn.Conv2d(channels, base, 3, padding=1))
 
         blocks, skips, width, down, up = section.blocks_per_level, [base], base, [], []
         for index, out in enumerate(widths):
@@ -242,6 +125,23 @@ class UNet(nn.Module):
             width = out
         self.down, self.middle, self.up = nn.ModuleList(down), middle, nn.ModuleList(up)
         self.head = Head(width, 2 * channels if section.learned_variance else channels, groups)
+        self.checkpointing = "none"
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What is computed twice to save memory; may be set at any time.
+
+        `attention`: attention, and what stands before convolutions (joints, norms, activations, padding): cheap things.
+        `blocks`: also the first convolution of each residual block. `full`: also the convolutions that enlarge.
+        """
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, policy: Checkpointing) -> None:
+        self._checkpointing = policy
+        for module in self.modules():
+            if isinstance(module, LeanConv2d):
+                module.lean = policy != "none"
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The raw output for noisy pictures.
@@ -267,17 +167,19 @@ class UNet(nn.Module):
                 x = self._run(attention, self._run(block, embedding, x))
                 skips.append(x)
             if level.resample is not None:
-                x = self._run(level.resample, x)
+                x = level.resample(x)
                 skips.append(x)
         before, after = self.middle.blocks
         (attention,) = self.middle.attentions
         x = self._run(after, embedding, self._run(attention, self._run(before, embedding, x)))
+        enlarge: nn.Module = nn.Identity()
         for level in cast("Iterable[Level]", self.up):
             for block, attention in zip(level.blocks, level.attentions):
-                x = self._run(attention, self._run(block, embedding, x, skips.pop()))
-            if level.resample is not None:
-                x = self._run(level.resample, x)
-        return self._run(self.head, x).to(embedding.dtype)
+                x = self._run(attention, self._run_enlarged(enlarge, block, embedding, x, skips.pop()))
+                enlarge = nn.Identity()
+            enlarge = level.resample or enlarge
+        output: Tensor = self.head(x)
+        return output.to(embedding.dtype)
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """What every block is told, (B, E) float32: time and class, activated."""
@@ -296,6 +198,13 @@ class UNet(nn.Module):
             return recomputed
         output: Tensor = module(*inputs)
         return output
+
+    def _run_enlarged(self, enlarge: nn.Module, block: nn.Module, embedding: Tensor, x: Tensor, skip: Tensor) -> Tensor:
+        if self.checkpointing == "full":
+            both = lambda embedding, x, skip: block(embedding, enlarge(x), skip)  # noqa: E731
+            recomputed: Tensor = checkpoint(both, embedding, x, skip, use_reentrant=False)
+            return recomputed
+        return self._run(block, embedding, enlarge(x), skip)
 
     def _check_size(self, height: int, width: int) -> None:
         multiple = 1 << self.halvings
@@ -323,18 +232,6 @@ def sinusoids(t: Tensor, features: int) -> Tensor:
     frequencies = torch.exp(-math.log(1e4) * steps / (half - 1))  # in this order, rounded as diffusers rounds
     angles = t.to(torch.float32)[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)
-
-
-def _glorot(layer: _Layer, scale: float = 1.0, parts: int = 1) -> _Layer:
-    """Uniform weights of variance scale / mean of fan-in and fan-out, as in the original code, and no bias.
-
-    Several layers held in one, as parts of the outputs, each get their own fans.
-    """
-    assert layer.bias is not None
-    for part in layer.weight.chunk(parts):
-        nn.init.xavier_uniform_(part, gain=math.sqrt(scale))
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def _check_section(section: ModelSection, widths: list[int]) -> None:

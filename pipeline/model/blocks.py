@@ -1,0 +1,183 @@
+"""The parts of the U-Net: what stands between the levels and at each of them.
+
+Shapes: B pictures, C channels, H and W pixels, N = H·W tokens, E features of the embedding of time and class. Under
+autocast the convolutions run in 16 bits; the embedding and the statistics of GroupNorm and softmax are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the field's name
+from torch import Tensor, nn
+
+from pipeline.model.lean import LeanConv2d
+
+_NEAR_ZERO = 1e-10  # of the last layer of each residual branch and of the output: the network begins as an identity
+
+
+_Layer = TypeVar("_Layer", bound=nn.Conv2d | nn.Linear)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that keeps the precision of its weights under autocast: neighbouring timesteps differ little."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out) in the dtype of the weights."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation that stays in the dtype of its input.
+
+    The kernels take the statistics of 16-bit input in float32; autocast would store the whole result in float32 too.
+    """
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) → the same shape and dtype; weight and bias, (C,), may come from outside."""
+        weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised convolutions beside a shortcut; the embedding enters between them."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, embedding: int, groups: int, dropout: float, scale_shift: bool
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = GroupNorm(groups, in_channels)
+        self.conv1 = glorot(LeanConv2d(in_channels, out_channels, 3, padding=1))
+        self.embed = glorot(Float32Linear(embedding, 2 * out_channels if scale_shift else out_channels))
+        self.norm2 = GroupNorm(groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = glorot(LeanConv2d(out_channels, out_channels, 3, padding=1), _NEAR_ZERO)
+        self.shortcut = (
+            glorot(LeanConv2d(in_channels, out_channels, 1)) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, embedding: Tensor, *parts: Tensor) -> Tensor:
+        """Embedding (B, E) and features (B, C, H, W), in two parts on the way up, → (B, C', H, W)."""
+        if not self.conv1.lean:
+            parts = (_join(*parts),)  # or autograd would keep two copies
+        # First, so that its gradient, as wide as the parts, is made last, when less of the other branch is alive.
+        if isinstance(self.shortcut, LeanConv2d):
+            shortcut: Tensor = self.shortcut(*parts, prepare=_join if len(parts) > 1 else None)
+        else:
+            shortcut = _join(*parts)
+        h = _activated(self.conv1, self.norm1, *parts)
+        condition: Tensor = self.embed(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = condition.chunk(2, dim=1)
+            affine: tuple[Tensor, ...] = ((1 + scale).to(h.dtype), shift.to(h.dtype))
+        else:
+            h, affine = h + condition.to(h.dtype), ()
+        return shortcut + _activated(self.conv2, self.norm2, h, affine=affine, dropout=self.dropout)
+
+
+def _activated(
+    conv: LeanConv2d,
+    norm: GroupNorm,
+    *parts: Tensor,
+    affine: tuple[Tensor, ...] = (),
+    dropout: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Joint, norm, scale and shift if there are any, SiLU, dropout, convolution."""
+    count = len(parts)
+
+    def prepare(*inputs: Tensor) -> Tensor:
+        weight, bias, *affine = inputs[count:]
+        x = norm(_join(*inputs[:count]), weight, bias)
+        if affine:
+            scale, shift = affine
+            x = x * scale + shift
+        x = F.silu(x)
+        return dropout(x) if dropout else x
+
+    convolved: Tensor = conv(*parts, norm.weight, norm.bias, *affine, prepare=prepare)
+    return convolved
+
+
+def _join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions beside a shortcut."""
+
+    def __init__(self, channels: int, head_channels: int, groups: int) -> None:
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = GroupNorm(groups, channels)
+        self.qkv = glorot(nn.Linear(channels, 3 * channels), parts=3)
+        self.out = glorot(nn.Linear(channels, channels), _NEAR_ZERO)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → the same shape."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        q, k, v = (
+            self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, N, C/heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
+        projected: Tensor = self.out(attended)
+        return x + projected.transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2, padded on the right and below only, as TensorFlow's SAME does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = glorot(LeanConv2d(channels, channels, 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H/2, W/2)."""
+        halved: Tensor = self.conv(x, prepare=lambda x: F.pad(x, (0, 1, 0, 1)))
+        return halved
+
+
+class Upsample(nn.Module):
+    """Every pixel twice in each direction, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = glorot(LeanConv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, 2H, 2W)."""
+        doubled: Tensor = self.conv(x, prepare=lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled
+
+
+class Head(nn.Module):
+    """Features → output."""
+
+    def __init__(self, channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(groups, channels)
+        self.conv = glorot(LeanConv2d(channels, out_channels, 3, padding=1), _NEAR_ZERO)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C', H, W)."""
+        return _activated(self.conv, self.norm, x)
+
+
+def glorot(layer: _Layer, scale: float = 1.0, parts: int = 1) -> _Layer:
+    """Uniform weights of variance scale / mean of fan-in and fan-out, as in the original code, and no bias.
+
+    Several layers held in one, as parts of the outputs, each get their own fans.
+    """
+    assert layer.bias is not None
+    for part in layer.weight.chunk(parts):
+        nn.init.xavier_uniform_(part, gain=math.sqrt(scale))
+    nn.init.zeros_(layer.bias)
+    return layer
