@@ -163,7 +163,7 @@ class TrainSection(Section):
     checkpointing: Literal["none", "attention", "blocks", "full", "auto"] = "none"
     """Activations recomputed in the backward pass instead of kept. auto: the least that fits the device."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile the network's blocks with torch.compile."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """bf16: processes send each other gradients in half as many bits, and sum them so, for networks that are slow."""
     deterministic: bool = False

@@ -41,6 +41,8 @@ from pipeline.run.telemetry import Telemetry
 from pipeline.run.world import World
 from pipeline.trainer import Position, Trainer
 
+_RUNS_BEHIND = ("cuda",)  # devices that queue their work while the host goes on
+
 
 def train(config: Config, *, insist: Collection[str] = (), quiet: bool = False) -> None:
     """Train until the run's last step, going on from its newest checkpoint if there is one.
@@ -171,7 +173,7 @@ def _loop(trainer: Trainer, position: Position, batches: Batches, around: _Surro
             at(position.step, "update")
             trainer.update(position, agreed)
             meter.add(gradient.losses, gradient.t, gradient.norm)
-            if ranks.device.type == "cpu" or _due(trainer, position, *every):
+            if ranks.device.type not in _RUNS_BEHIND or _due(trainer, position, *every):
                 stop = _heed(trainer, position, around)
             at(position.step, "report")
             _report(trainer, position, meter, batches, around)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import configfile
@@ -15,6 +17,7 @@ from pipeline.config import Config
 from pipeline.data.batches import Batch, read_all
 from pipeline.data.shardset import ShardSet
 from pipeline.errors import ConfigError
+from pipeline.model.blocks import Attention, ResidualBlock
 from pipeline.run import world
 from pipeline.run.meter import Meter
 from pipeline.run.world import World
@@ -158,6 +161,31 @@ def test_too_many_bad_steps_in_a_row_end_the_run(alone: World, batch: Batch) -> 
         stepped(trainer, position, batch, bad=bad)
     with pytest.raises(ConfigError, match=r"not finite in 3 steps in a row, up to step 6: lower train\.lr"):
         stepped(trainer, position, batch, bad=True)
+
+
+@pytest.mark.parametrize("policy", ["none", "attention", "blocks", "full"])
+def test_compiled_blocks_train_as_others_and_each_kind_is_compiled_once(
+    alone: World, batch: Batch, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """Without the code generator, which takes most of a minute here; what is traced and cut is the same."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    settings = (f"train.checkpointing={policy}", "model.blocks_per_level=2", "model.channel_mults=[1, 2, 3]")
+    plain = trained(tiny(*settings), alone, batch, steps=2)[0]
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, position = trained(tiny("train.compile=true", *settings), alone, batch, steps=2)
+    blocks = sum(isinstance(module, ResidualBlock | Attention) for module in compiled.model.modules())
+    assert 0 < counters["stats"]["unique_graphs"] < blocks
+    assert counters["frames"]["ok"] == counters["frames"]["total"] and not counters["graph_break"]
+    assert compiled.tensors().keys() == plain.tensors().keys()
+    for part, tensors in plain.tensors().items():
+        assert tensors.keys() == compiled.tensors()[part].keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(compiled.tensors()[part][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    before = counters["stats"]["unique_graphs"]
+    compiled.validation_loss(batch, 4)
+    stepped(compiled, position, batch)
+    assert counters["stats"]["unique_graphs"] == before  # the average is not compiled, nor anything twice
 
 
 class _NoWaiting(TorchDispatchMode):

@@ -85,6 +85,23 @@ w.leave()
         ]
 
 
+def test_gradients_are_averaged_in_float32_or_sent_in_half_as_many_bits() -> None:
+    code = """
+for compression in ("none", "bf16"):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(1, 64)
+    wrapped = w.data_parallel(layer, compression)
+    wrapped(torch.full((1, 1), 1.0 + r / 1000)).square().sum().backward()
+    tell(layer.weight.grad.flatten().tolist())
+w.leave()
+"""
+    results = together(code)
+    exact, sent = (torch.tensor(gradient) for gradient in results[0][1])
+    assert results == [(0, [exact.tolist(), sent.tolist()])] * RANKS
+    torch.testing.assert_close(sent, exact, rtol=2**-7, atol=0)
+    assert not torch.equal(sent, exact) and torch.equal(sent.bfloat16().float(), sent)
+
+
 def test_an_error_of_rank_0_is_raised_on_all_of_them_with_its_type_and_exit_code() -> None:
     code = """
 def refuse():
