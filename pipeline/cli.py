@@ -263,13 +263,23 @@ def plan(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Pictures in the shard set: lengths in epochs are shown in steps.")
     ] = None,
+    memory: Annotated[str | None, typer.Option(metavar="24GiB", help="Memory of a GPU: what fits it is shown.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="h100, a100, 4090, …: images/s at 40 % of its peak rate in bf16 are shown."),
+    ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(metavar="400e12", min=1, help="FLOP/s as measured while training: replaces the rate of --gpu."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a configuration means before it runs: parameters, allowed numbers of processes, sizes on disk."""
+    """Say what a configuration means before it runs: memory and time on a GPU, numbers of processes, sizes on disk."""
     from pipeline import configfile
     from pipeline import plan as job
 
-    result = job.plan(configfile.load(config, settings or (), _read_text), samples)
+    memory_bytes, loaded = _bytes(memory) if memory else None, configfile.load(config, settings or (), _read_text)
+    result = job.plan(loaded, samples) | job.on_a_gpu(loaded, memory_bytes=memory_bytes, gpu=gpu, flops=flops)
     typer.echo(json.dumps(result) if as_json else job.as_text(result))
 
 
@@ -325,6 +335,13 @@ def _size(text: str) -> tuple[int, int]:
     if not match:
         raise ConfigError(f"--size {text}: write a number of pixels, or height x width as in 96x64")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(MiB|GiB|GB)", text)
+    if not match or not float(match[1]):
+        raise ConfigError(f"--memory {text}: write a number and MiB, GiB or GB, as in 24GiB")
+    return int(float(match[1]) * {"MiB": 2**20, "GiB": 2**30, "GB": 10**9}[match[2]])
 
 
 def _read_text(name: str) -> str:

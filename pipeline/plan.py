@@ -1,4 +1,4 @@
-"""Job: what a configuration means before it runs: parameters, numbers of processes that can share it, sizes on disk."""
+"""Job: what a configuration means before it runs: memory and time on a GPU, who can share it, sizes on disk."""
 
 from __future__ import annotations
 
@@ -10,11 +10,26 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.order import allowed_worlds, default_lanes
+from pipeline.errors import ConfigError
+from pipeline.footprint import POLICIES, trace
 from pipeline.model.unet import UNet
+from pipeline.run import memory
+from pipeline.run.flops import PEAK_TFLOP_PER_S
 from pipeline.run.tensorfile import TensorFile
 
 SAMPLES = 1000
 """Samples whose size on disk is bounded."""
+
+UTILISATION = 0.4
+"""Share of a GPU's peak rate that its images/s are reckoned with: a goal at 64 px, not a measurement."""
+
+SPARE_BYTES = 3 * 2**28
+"""Of a GPU's memory, for CUDA's context and cuDNN's workspaces."""
+SPARE_SHARE = 0.1
+"""On top of the estimated peak, for its error and for gaps between what is allocated."""
+
+GPUS = {name.lower().removeprefix("rtx ").replace(" ", "-"): rate * 1e12 for name, rate in PEAK_TFLOP_PER_S.items()}
+"""FLOP/s of a GPU, in dense bfloat16."""
 
 
 def plan(config: Config, samples: int | None = None) -> dict[str, Any]:
@@ -47,8 +62,55 @@ def plan(config: Config, samples: int | None = None) -> dict[str, Any]:
     return figures
 
 
+def on_a_gpu(
+    config: Config, *, memory_bytes: int | None = None, gpu: str | None = None, flops: float | None = None
+) -> dict[str, Any]:
+    """What one GPU has to bear that takes the whole global batch, in passes of a micro-batch; without that GPU.
+
+    Args:
+        config: lengths may be in epochs.
+        memory_bytes: of the GPU; with it, `fits` and `auto` are known.
+        gpu: one of `GPUS`; with it or `flops`, images/s are known.
+        flops: floating-point operations that the GPU was seen to do in a second of training.
+
+    Returns:
+        `forward_flops_per_image`; `flops_per_step`, with what the configured checkpointing, or the one that `auto`
+        would take, computes twice; `memory_bytes`, and `flops_per_s` that are reckoned with; `policies`, a row for each
+        checkpointing policy and micro-batch: `checkpointing`, `micro_batch`, `flops_per_step`, `saved_bytes`,
+        `peak_bytes`, `fits`, `images_per_s`; `auto`, the `checkpointing` and `micro_batch` that the trainer would
+        settle on. What is not known is None.
+
+    Raises:
+        ConfigError: the network cannot be built like that, or nobody knows the GPU.
+    """
+    section, rate, footprints = config.train, _rate(config, gpu, flops), trace(config)
+    batch, rows = section.global_batch, []
+    for policy, footprint in footprints.items():
+        for size in memory.micro_batches(batch, torch.device("cuda")):
+            peak_bytes = footprint.peak_bytes(size, accumulating=size < batch)
+            rows.append({
+                "checkpointing": policy,
+                "micro_batch": size,
+                "flops_per_step": footprint.flops * batch,
+                "saved_bytes": footprint.saved_bytes(size),
+                "peak_bytes": peak_bytes,
+                "fits": memory_bytes and peak_bytes * (1 + SPARE_SHARE) + SPARE_BYTES <= memory_bytes,
+                "images_per_s": rate and rate / footprint.flops,
+            })  # fmt: skip
+    auto = _auto(config, rows) if memory_bytes else None
+    policy = section.checkpointing if section.checkpointing != "auto" else auto["checkpointing"] if auto else "none"
+    return {
+        "forward_flops_per_image": footprints[policy].forward_flops,
+        "flops_per_step": footprints[policy].flops * batch,
+        "memory_bytes": memory_bytes,
+        "flops_per_s": rate,
+        "policies": rows,
+        "auto": auto,
+    }
+
+
 def as_text(figures: dict[str, Any]) -> str:
-    """The figures as a table to read."""
+    """The figures of `plan` and `on_a_gpu` as tables to read."""
     rows = {
         "parameters": f"{figures['parameters']:,}",
         "global batch": f"{figures['global_batch']}, in {figures['lanes']} lanes",
@@ -57,7 +119,59 @@ def as_text(figures: dict[str, Any]) -> str:
         f"{SAMPLES:,} samples": f"at most {figures['samples_bytes_at_most'] / 2**20:,.1f} MiB",
     }
     rows |= {key: f"{value:,}" for key, value in figures.get("lengths", {}).items()}
-    return "\n".join(f"{name:<24} {text}" for name, text in rows.items())
+    rows |= {
+        "FLOPs a picture": f"{figures['forward_flops_per_image'] / 1e9:,.1f} G forward",
+        "FLOPs a step": f"{figures['flops_per_step'] / 1e12:,.2f} T, forward and backward",
+    }
+    lines = [f"{name:<24} {text}" for name, text in rows.items()]
+    return "\n".join([*lines, "", *_memory_table(figures), _advice(figures)])
+
+
+def _memory_table(figures: dict[str, Any]) -> list[str]:
+    """A row for each micro-batch, a column for each checkpointing policy."""
+    cells: dict[int, list[str]] = {}
+    for row in figures["policies"]:
+        peak, saved = row["peak_bytes"] / 2**30, row["saved_bytes"] / 2**30
+        cells.setdefault(row["micro_batch"], []).append(f"{peak:,.2f} ({saved:,.2f}){'*' if row['fits'] else ' '}")
+    table = {"micro-batch": [f"{policy} " for policy in POLICIES]} | {str(size): texts for size, texts in cells.items()}
+    if figures["flops_per_s"]:
+        of_policy = {row["checkpointing"]: row["images_per_s"] for row in figures["policies"]}
+        table["images/s"] = [f"{value:,.0f} " for value in of_policy.values()]
+    lines = [f"{name:<12}" + "".join(f"{text:>19}" for text in texts) for name, texts in table.items()]
+    return ["peak GiB of a GPU (saved for the backward pass), by checkpointing; * fits", *lines]
+
+
+def _advice(figures: dict[str, Any]) -> str:
+    """What `auto` would do."""
+    if figures["memory_bytes"] is None:
+        return "checkpointing auto: give --memory to see what it takes"
+    within = f"within {figures['memory_bytes'] / 2**30:,.1f} GiB"
+    if figures["auto"] is None:
+        return f"checkpointing auto: nothing fits {within}: take a smaller model or smaller pictures"
+    return "checkpointing auto: {checkpointing}, micro-batch {micro_batch}, ".format(**figures["auto"]) + within
+
+
+def _auto(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What `train.checkpointing: auto` would settle on, in the trainer's own order."""
+    fits = {(row["checkpointing"], row["micro_batch"]): row["fits"] for row in rows}
+    fixed = config.train.micro_batch
+    sizes = sorted({row["micro_batch"] for row in rows}, reverse=True) if fixed == "auto" else [fixed]
+    try:
+        policy, size = memory.what_fits(lambda policy, size: fits[policy, size], POLICIES, sizes)
+    except ConfigError:
+        return None
+    return {"checkpointing": policy, "micro_batch": size}
+
+
+def _rate(config: Config, gpu: str | None, flops: float | None) -> float | None:
+    """Floating-point operations a second."""
+    if gpu is None or flops is not None:
+        return flops
+    if gpu.lower() not in GPUS:
+        raise ConfigError(f"--gpu {gpu}: not known; take one of {', '.join(GPUS)}, or --flops as measured")
+    if config.train.precision != "bf16":
+        raise ConfigError(f"--gpu {gpu}: known in bf16, and train.precision is {config.train.precision}: give --flops")
+    return GPUS[gpu.lower()] * UTILISATION
 
 
 def _can_share(config: Config, ranks: int) -> bool:

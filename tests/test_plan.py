@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ from PIL import Image
 from pipeline import configfile
 from pipeline.config import Config
 from pipeline.data.order import check_world
-from pipeline.plan import SAMPLES, plan
+from pipeline.errors import ConfigError
+from pipeline.footprint import POLICIES
+from pipeline.plan import GPUS, SAMPLES, on_a_gpu, plan
 from tests.launch import TINY, ddpm
 
 ROOT = Path(__file__).parents[1]
 
 
 def _plan(*settings: str, samples: int | None = None) -> dict[str, Any]:
-    return plan(configfile.load(TINY[1], settings, lambda name: Path(name).read_text()), samples)
+    return plan(_config(*settings), samples)
+
+
+def _config(*settings: str) -> Config:
+    return configfile.load(TINY[1], settings, lambda name: Path(name).read_text())
 
 
 def test_a_checkpoint_is_as_large_as_planned(tiny_run: Path) -> None:
@@ -86,11 +93,81 @@ def test_epochs_are_told_in_steps() -> None:
     assert lengths["run.checkpoint_every"] == 2
 
 
-def test_the_command_gives_a_table_or_json() -> None:
-    figures = _plan("train.lr=1e-3", samples=1797)
-    text = ddpm("plan", *TINY, "train.lr=1e-3", "--samples", 1797).stdout
+@cache
+def _on_a_gpu(*settings: str, gpu: str | None = None) -> dict[str, Any]:
+    return on_a_gpu(_config(*settings), gpu=gpu)
+
+
+def test_each_policy_and_micro_batch_has_a_row() -> None:
+    figures = _on_a_gpu()
+    rows = {(row["checkpointing"], row["micro_batch"]): row for row in figures["policies"]}
+    assert list(rows) == [(policy, size) for policy in POLICIES for size in (12, 6, 4, 3, 2, 1)]
+    for row in rows.values():
+        assert 0 < row["saved_bytes"] < row["peak_bytes"]
+        assert row["fits"] is None and row["images_per_s"] is None  # of which memory, on which GPU?
+    assert figures["auto"] is None
+    assert figures["flops_per_step"] == rows["none", 1]["flops_per_step"] > 12 * 2 * figures["forward_flops_per_image"]
+    assert _on_a_gpu("train.checkpointing=blocks")["flops_per_step"] == rows["blocks", 1]["flops_per_step"]
+
+
+def test_what_fits_is_what_auto_takes() -> None:
+    """With room for what is not counted; larger micro-batches come before cheaper policies, as in training."""
+    free = ("train.checkpointing=auto", "train.micro_batch=auto")
+    peaks = {(row["checkpointing"], row["micro_batch"]): row["peak_bytes"] for row in _on_a_gpu(*free)["policies"]}
+    needs = {key: int(peak * 1.1) + 1 + 768 * 2**20 for key, peak in peaks.items()}
+    for memory_bytes, chosen in (
+        (min(needs.values()) - 2, None),
+        (needs["blocks", 6], ("blocks", 6)),
+        (needs["none", 6], ("none", 6)),
+        (needs["none", 12], ("none", 12)),
+    ):
+        figures = on_a_gpu(_config(*free), memory_bytes=memory_bytes)
+        for row in figures["policies"]:
+            assert row["fits"] == (needs[row["checkpointing"], row["micro_batch"]] <= memory_bytes)
+        assert figures["auto"] == (chosen and {"checkpointing": chosen[0], "micro_batch": chosen[1]})
+        (first, *_) = (row for row in figures["policies"] if row["checkpointing"] == (chosen or ("none", 0))[0])
+        assert figures["flops_per_step"] == first["flops_per_step"]
+    fixed = on_a_gpu(_config("train.micro_batch=4"), memory_bytes=2**30)
+    assert fixed["auto"] == {"checkpointing": "none", "micro_batch": 4}
+
+
+def test_speed_follows_from_the_rate_of_a_gpu() -> None:
+    bf16 = "train.precision=bf16"
+    named, other = _on_a_gpu(bf16, gpu="H100"), _on_a_gpu(bf16, gpu="4090")
+    assert named["flops_per_s"] == 0.4 * GPUS["h100"] == 0.4 * 989e12
+    for row in named["policies"]:
+        assert row["images_per_s"] * row["flops_per_step"] == pytest.approx(12 * named["flops_per_s"])
+    assert named["policies"][0]["images_per_s"] > 5 * other["policies"][0]["images_per_s"]
+    measured = on_a_gpu(_config(bf16), gpu="h100", flops=4e12)
+    assert measured["flops_per_s"] == 4e12
+    with pytest.raises(ConfigError, match=r"--gpu h100.*fp32.*--flops"):
+        on_a_gpu(_config("train.precision=fp32"), gpu="h100")
+
+
+def test_the_command_gives_tables_or_json() -> None:
+    flags = (*TINY, "train.lr=1e-3", "--samples", 1797, "--memory", "770MiB", "--flops", "1e12")
+    config = _config("train.lr=1e-3")
+    figures = plan(config, 1797) | on_a_gpu(config, memory_bytes=770 << 20, flops=1e12)
+    text = ddpm("plan", *flags).stdout
     assert f"{figures['parameters']:,}" in text and ", ".join(map(str, figures["world_sizes"])) in text
-    assert json.loads(ddpm("plan", *TINY, "--samples", 1797, "--json").stdout) == figures
+    fitting, chosen = [row for row in figures["policies"] if row["fits"]], figures["auto"]
+    assert 0 < len(fitting) < len(figures["policies"]) and text.count(")*") == len(fitting)
+    last = text.splitlines()[-1]
+    assert last.startswith("checkpointing auto: {checkpointing}, micro-batch {micro_batch}, ".format(**chosen))
+    assert json.loads(ddpm("plan", *flags, "--json").stdout) == figures
+
+
+@pytest.mark.parametrize("memory", ["24", "24GiBs", "-1GiB", "0GiB", "much", "24 G"])
+def test_a_wrong_memory_is_one_line(memory: str) -> None:
+    done = ddpm("plan", *TINY, f"--memory={memory}")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert memory in done.stderr and "24GiB" in done.stderr
+
+
+def test_a_gpu_that_nobody_knows_is_one_line() -> None:
+    done = ddpm("plan", *TINY, "--gpu", "h1000")
+    assert done.returncode == 2 and "h1000" in done.stderr and "l40s" in done.stderr and "--flops" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_wrong_configuration_is_one_line() -> None:

@@ -22,7 +22,7 @@ MODULES = {
 CLI = {"pipeline.cli"}
 _JOB_NAMES = ("shard", "train", "sample", "verify", "index", "evaluate", "export", "plan", "doctor")
 JOBS = {f"pipeline.{job}" for job in _JOB_NAMES}
-JOINTS = {"pipeline.trainer", "pipeline.generator", "pipeline.scorer"}
+JOINTS = {"pipeline.trainer", "pipeline.generator", "pipeline.scorer", "pipeline.footprint"}
 ROOMS = {"data", "diffusion", "model", "run", "score"}
 BOTTOM = {
     "pipeline.config": {"pipeline.errors"},
