@@ -275,10 +275,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a configuration means before it runs: memory and time on a GPU, numbers of processes, sizes on disk."""
+    memory_bytes = _bytes(memory) if memory else None
     from pipeline import configfile
     from pipeline import plan as job
 
-    memory_bytes, loaded = _bytes(memory) if memory else None, configfile.load(config, settings or (), _read_text)
+    loaded = configfile.load(config, settings or (), _read_text)
     result = job.plan(loaded, samples) | job.on_a_gpu(loaded, memory_bytes=memory_bytes, gpu=gpu, flops=flops)
     typer.echo(json.dumps(result) if as_json else job.as_text(result))
 

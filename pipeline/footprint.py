@@ -7,7 +7,8 @@ both, so every micro-batch is known from them.
 
 It runs as on a CPU, the one device whose autograd works everywhere, but with what CUDA does otherwise: GroupNorm reads
 channels-first there, and convolutions turn such input round. Attention takes a fused kernel on both, which never holds
-the N·N scores. Left out: cuDNN's workspaces, and rounding and gaps of the allocator. With `train.compile` less lives.
+the N·N scores. Left out: cuDNN's workspaces, and rounding and gaps of the allocator. With `train.compile`
+the compiler chooses what is kept, which is not counted either.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ class Counts:
     flops: int
     saved: int
     """Bytes that the forward pass leaves to the backward pass."""
-    first: list[int]
+    live: list[int]
     """Bytes alive after each operation."""
-    second: list[int]
-    """The same of a second micro-batch, which adds to the gradients of the first."""
+    gradients: list[int]
+    """Bytes of gradients of weights that each operation makes."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ class Footprint:
     flops: int
     """For a picture: forward, backward, and what is computed twice."""
     _saved: NDArray[np.int64]
-    _first: NDArray[np.int64]
-    _second: NDArray[np.int64]
+    _live: NDArray[np.int64]
+    """After each operation of a first micro-batch."""
+    _missing: NDArray[np.int64]
+    """At the same operations: gradients that are not there yet, but are for any further micro-batch; a number each."""
     _update: int
 
     def saved_bytes(self, micro_batch: int) -> int:
@@ -86,8 +89,8 @@ class Footprint:
             micro_batch: pictures in a pass.
             accumulating: whether a step has several passes, or its gradients stay in the buckets of DDP.
         """
-        timeline = self._second if accumulating else self._first
-        return max(self._update, int((timeline @ (1, micro_batch)).max()))
+        live = self._live @ (1, micro_batch)
+        return max(self._update, int((live + self._missing if accumulating else live).max()))
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -105,7 +108,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.flops = 0, 0
         self.timeline: list[int] = []
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         for tensor in held:
             self._hold(tensor)
 
@@ -124,12 +127,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.flops += int(count(*args, **(kwargs or {}), out_val=result))
         return result
 
+    def made_by(self, tensor: Tensor) -> int:
+        """Which entry of the timeline made what a tensor lies in."""
+        return self._alive[tensor.untyped_storage()._cdata][1]
+
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._alive:
             self.live += size
-            self._alive[key] = weakref.ref(storage, lambda _: self._release(key, size))
+            self._alive[key] = weakref.ref(storage, lambda _: self._release(key, size)), len(self.timeline)
 
     def _release(self, key: int, size: int) -> None:
         self.live -= size
@@ -186,6 +193,10 @@ class Step:
         state = [value for entry in self._optimizer.state.values() for value in entry.values()]
         return [*self.network.parameters(), *self._average, *state]
 
+    def gradients(self) -> list[Tensor]:
+        """Those of the weights, as far as they are there."""
+        return [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+
     def loss(self, micro_batch: int) -> Tensor:
         """The forward pass, to the loss."""
         data, model, diffusion = self._config.data, self._config.model, self._config.diffusion
@@ -217,24 +228,23 @@ class Step:
 
 
 def count(step: Step, micro_batch: int) -> Counts:
-    """Take a step of two micro-batches, without its end, and count what it takes."""
+    """Take a step of one micro-batch, without its end, and count what it takes."""
     with Ledger(step.held()) as ledger:
         held = ledger.live
         loss = step.loss(micro_batch)
         saved, forward_flops = ledger.live - held, ledger.flops
         torch.autograd.backward(loss)
-        del loss
-        flops, end = ledger.flops, len(ledger.timeline)
-        torch.autograd.backward(step.loss(micro_batch))
+    gradients = [0] * len(ledger.timeline)
+    for gradient in step.gradients():
+        gradients[ledger.made_by(gradient)] += gradient.nbytes
     step.forget()
-    return Counts(forward_flops, flops, saved, ledger.timeline[:end], ledger.timeline[end:])
+    return Counts(forward_flops, ledger.flops, saved, ledger.timeline, gradients)
 
 
 def update_bytes(step: Step) -> int:
     """Take a step and give the most that is alive at its end: clipping, Adam, average."""
     torch.autograd.backward(step.loss(1))
-    gradients = [parameter.grad for parameter in step.network.parameters() if parameter.grad is not None]
-    ledger = Ledger([*step.held(), *gradients])
+    ledger = Ledger([*step.held(), *step.gradients()])
     with ledger:
         step.update()
     step.forget()
@@ -258,8 +268,8 @@ def trace(config: Config) -> dict[Checkpointing, Footprint]:
                 few.forward_flops // _BATCHES[0],
                 few.flops // _BATCHES[0],
                 _line(few.saved, more.saved),
-                _line(few.first, more.first),
-                _line(few.second, more.second),
+                _line(few.live, more.live),
+                sum(few.gradients) - np.cumsum([0, *few.gradients[:-1]]),  # while one is added, it is there twice
                 update,
             )
     return footprints

@@ -138,7 +138,7 @@ def _memory_table(figures: dict[str, Any]) -> list[str]:
         of_policy = {row["checkpointing"]: row["images_per_s"] for row in figures["policies"]}
         table["images/s"] = [f"{value:,.0f} " for value in of_policy.values()]
     lines = [f"{name:<12}" + "".join(f"{text:>19}" for text in texts) for name, texts in table.items()]
-    return ["peak GiB of a GPU (saved for the backward pass), by checkpointing; * fits", *lines]
+    return ["peak GiB of a GPU, not compiled (saved for the backward pass), by checkpointing; * fits", *lines]
 
 
 def _advice(figures: dict[str, Any]) -> str:

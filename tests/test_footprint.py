@@ -57,7 +57,7 @@ def test_a_fake_step_takes_what_a_real_one_takes(policy: Checkpointing) -> None:
     with FakeTensorMode():
         fake = counts()
     assert fake == real
-    assert len(real.first) > 500 and len(real.second) > 500
+    assert len(real.live) > 500 and sum(real.gradients) > 0
 
 
 def test_the_end_of_a_fake_step_takes_what_that_of_a_real_one_takes() -> None:
@@ -95,9 +95,22 @@ def test_a_large_batch_takes_what_two_small_ones_foretell(policy: Checkpointing)
         for batch in (5, 64):
             counted, told = count(step, batch), _tiny()[policy]
             assert told.saved_bytes(batch) == counted.saved
-            assert told.peak_bytes(batch, accumulating=False) == max(*counted.first, told._update)
-            assert told.peak_bytes(batch, accumulating=True) == max(*counted.second, told._update)
+            assert told.peak_bytes(batch, accumulating=False) == max(*counted.live, told._update)
             assert (told.forward_flops * batch, told.flops * batch) == (counted.forward_flops, counted.flops)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_second_micro_batch_takes_what_the_first_foretells(policy: Checkpointing) -> None:
+    """It finds gradients, and adds to them."""
+    with FakeTensorMode(), footprint._as_on_cuda():
+        step = Step(_config())
+        step.network.checkpointing = policy
+        for batch in (2, 64):
+            torch.autograd.backward(step.loss(batch))
+            with Ledger([*step.held(), *step.gradients()]) as ledger:
+                torch.autograd.backward(step.loss(batch))
+            assert _tiny()[policy].peak_bytes(batch, accumulating=True) == max(ledger.timeline)
+            step.forget()
 
 
 def test_group_norm_is_counted_as_cuda_does_it() -> None:
@@ -119,6 +132,25 @@ def test_group_norm_is_counted_as_cuda_does_it() -> None:
     assert copied[0] - plain[0] == batch.nbytes
     assert copied_again[0] == plain_again[0] and copied_again[1] - plain_again[1] >= batch.nbytes
     assert torch.nn.functional.group_norm.__name__ == "group_norm"
+
+
+def test_convolutions_are_counted_as_cuda_does_them() -> None:
+    """They work channels-last if the weights are so, and turn round what is not, forward and backward."""
+    with FakeTensorMode():
+        weight = torch.empty(8, 8, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+        straight = torch.empty(2, 8, 16, 16, requires_grad=True)
+        takes = {}
+        for turned in (False, True):
+            with Ledger() as ledger:
+                x = straight.to(memory_format=torch.channels_last) if turned else straight
+                result = torch.nn.functional.conv2d(x, weight, padding=1)
+                forward = ledger.timeline[-1] - ledger.live
+                gradient = torch.ones(result.shape)
+                before = ledger.live
+                torch.autograd.grad(result, (x, weight), gradient)
+            takes[turned] = forward, max(ledger.timeline) - before - straight.nbytes - weight.nbytes
+    assert takes[True] == (0, gradient.nbytes)
+    assert takes[False] == (straight.nbytes, gradient.nbytes + straight.nbytes)
 
 
 def test_more_pictures_take_more_and_more_checkpointing_keeps_less() -> None:
