@@ -31,9 +31,17 @@ def _config(**sections: dict[str, object]) -> Config:
     return Config.model_validate(merged)
 
 
+_WIDE = _config(data={"size": 4}, model={"base_channels": 128, "attention_sizes": []})
+
+
 @cache
 def _tiny() -> dict[Checkpointing, Footprint]:
     return trace(_config())
+
+
+@cache
+def _wide() -> dict[Checkpointing, Footprint]:
+    return trace(_WIDE)
 
 
 @cache
@@ -101,16 +109,17 @@ def test_a_large_batch_takes_what_two_small_ones_foretell(policy: Checkpointing)
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_second_micro_batch_takes_what_the_first_foretells(policy: Checkpointing) -> None:
-    """It finds gradients, and adds to them."""
-    with FakeTensorMode(), footprint._as_on_cuda():
-        step = Step(_config())
-        step.network.checkpointing = policy
-        for batch in (2, 64):
-            torch.autograd.backward(step.loss(batch))
-            with Ledger([*step.held(), *step.gradients()]) as ledger:
+    """It finds gradients, and adds to them: for a moment one of them is there twice, which is the peak of wide nets."""
+    for config, told in ((_config(), _tiny()), (_WIDE, _wide())):
+        with FakeTensorMode(), footprint._as_on_cuda():
+            step = Step(config)
+            step.network.checkpointing = policy
+            for batch in (2, 64):
                 torch.autograd.backward(step.loss(batch))
-            assert _tiny()[policy].peak_bytes(batch, accumulating=True) == max(ledger.timeline)
-            step.forget()
+                with Ledger([*step.held(), *step.gradients()]) as ledger:
+                    torch.autograd.backward(step.loss(batch))
+                assert told[policy].peak_bytes(batch, accumulating=True) == max(ledger.timeline)
+                step.forget()
 
 
 def test_group_norm_is_counted_as_cuda_does_it() -> None:
