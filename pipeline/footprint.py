@@ -7,8 +7,8 @@ both, so every micro-batch is known from them.
 
 It runs as on a CPU, the one device whose autograd works everywhere, but with what CUDA does otherwise: GroupNorm reads
 channels-first there, and convolutions turn such input round. Attention takes a fused kernel on both, which never holds
-the N·N scores. Left out: cuDNN's workspaces, and rounding and gaps of the allocator. With `train.compile`
-the compiler chooses what is kept, which is not counted either.
+the N·N scores. Left out: cuDNN's workspaces, rounding and gaps of the allocator. With `train.compile` the compiler
+chooses what is kept, which is not counted either.
 """
 
 from __future__ import annotations
