@@ -161,7 +161,8 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast of the network; schedule, loss, statistics, weights, optimizer and EMA are float32 in either case."""
     checkpointing: Literal["none", "attention", "blocks", "full", "auto"] = "none"
-    """Activations recomputed in the backward pass instead of kept. auto: the least that fits the device."""
+    """Activations recomputed in the backward pass instead of kept. attention: attention and all that is cheap before a
+    convolution; blocks: convolutions of a block too; full: resampling too; auto: the least that fits the device."""
     compile: bool = False
     """Compile the network's blocks with torch.compile."""
     gradient_compression: Literal["none", "bf16"] = "none"
