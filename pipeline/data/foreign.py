@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.data.images import MAX_BYTES, PREPROCESSING, Rejected, decode, to_picture, upright_size
 from pipeline.data.inputs import PICTURES
+from pipeline.data.parts import Books
 from pipeline.data.shardset import SIDECAR, ShardRecord, ShardSet, read_record, write_papers
 from pipeline.errors import DataError
 
@@ -346,22 +347,11 @@ def label_of(members: dict[str, bytes]) -> int:
 
 def _books(source: str, found: dict[str, Taken | Rejected]) -> dict[str, Any]:
     """`counts`, `rejected` and, commonest first, some of the `picture_sizes`, for a record."""
-    taken = [one for one in found.values() if isinstance(one, Taken)]
-    rejected = [
-        {"key": key, "source": source, "reason": one.reason, "detail": one.detail}
-        for key, one in found.items()
-        if isinstance(one, Rejected)
-    ]
-    metas = [one.meta for one in taken]
-    sizes = Counter("x".join(map(str, one.size)) for one in taken)
-    shorts = Counter(1 << (min(meta["original_size"]).bit_length() - 1) for meta in metas)
-    labels = Counter(one.row[-1] for one in taken if one.row[-1] >= 0)
-    counts = {
-        "inputs": len(found),
-        "taken": len(taken),
-        "rejected": dict(sorted(Counter(line["reason"] for line in rejected).items())),
-        "transforms": dict(sorted(Counter(name for meta in metas for name in meta["transforms"]).items())),
-        "sizes": {str(least): count for least, count in sorted(shorts.items())},
-        "classes": {str(label): count for label, count in sorted(labels.items())},
-    }
-    return {"counts": counts, "rejected": rejected, "picture_sizes": dict(sizes.most_common(_SIZES_KEPT))}
+    books, sizes = Books(), Counter[str]()
+    for key, one in found.items():
+        if isinstance(one, Rejected):
+            books.reject({"key": key, "source": source, "reason": one.reason, "detail": one.detail})
+        else:
+            books.take(one.meta["transforms"], min(one.meta["original_size"]), one.row[-1])
+            sizes["x".join(map(str, one.size))] += 1
+    return {**books.as_json(), "picture_sizes": dict(sizes.most_common(_SIZES_KEPT))}

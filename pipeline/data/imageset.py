@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pipeline import storage
 from pipeline.data import patterns
 from pipeline.data.dedupe import Seen
 from pipeline.data.intake import Made, Placed, Settings
-from pipeline.data.parts import publish, totals
+from pipeline.data.parts import Books, publish, totals
 from pipeline.data.shardset import (
     INDEX,
     REJECTED,
@@ -55,42 +54,6 @@ class Task:
 
 class _Unfinished(Exception):  # noqa: N818  no more inputs come, as the job was told to stop
     pass
-
-
-class _Books:
-    """What has become of a shard's inputs."""
-
-    def __init__(self) -> None:
-        self._inputs = 0
-        self._rejected: list[dict[str, str]] = []
-        self._transforms: Counter[str] = Counter()
-        self._classes: Counter[int] = Counter()
-        self._sizes: Counter[int] = Counter()
-        self._fingerprints: dict[str, str] = {}
-
-    def enter(self, made: Made) -> None:
-        self._inputs += 1
-        if made.packed is None:
-            self._rejected.append(made.line())
-            return
-        self._transforms.update(made.transforms)
-        self._classes[made.packed.label] += 1
-        self._sizes[1 << (made.short_side.bit_length() - 1)] += 1
-        if made.fingerprint:
-            self._fingerprints[key(made.position)] = made.fingerprint.hex()
-
-    def as_json(self) -> dict[str, Any]:
-        """`counts`, `rejected` and, where duplicates are looked for, `fingerprints` of a record."""
-        counts = {
-            "inputs": self._inputs,
-            "taken": self._inputs - len(self._rejected),
-            "rejected": dict(sorted(Counter(line["reason"] for line in self._rejected).items())),
-            "transforms": dict(sorted(self._transforms.items())),
-            "sizes": {str(least): count for least, count in sorted(self._sizes.items())},
-            "classes": {str(label): count for label, count in sorted(self._classes.items()) if label >= 0},
-        }
-        known = {"fingerprints": self._fingerprints} if self._fingerprints else {}
-        return {"counts": counts, "rejected": self._rejected} | known
 
 
 class ImageSet:
@@ -169,17 +132,18 @@ class ImageSet:
                 for of, fingerprint in record.extra.get("fingerprints", {}).items():
                     seen.keep(bytes.fromhex(fingerprint), of)
             elif task in wanted:
-                books = _Books()
-                samples = _samples(itertools.islice(made, task.last - task.first), task, books, seen)
+                books, fingerprints = Books(), dict[str, str]()
+                samples = _samples(itertools.islice(made, task.last - task.first), task, books, seen, fingerprints)
                 try:
-                    yield write_shard(self._out, task.stem, samples, partial(self._remember, books))
+                    yield write_shard(self._out, task.stem, samples, partial(self._remember, books, fingerprints))
                 except _Unfinished:
                     return
 
-    def _remember(self, books: _Books) -> dict[str, Any]:
+    def _remember(self, books: Books, fingerprints: dict[str, str]) -> dict[str, Any]:
         _refuse_other(self._out, self._settings, self._source)
         classes = None if self._classes is None else list(self._classes)
-        return {"settings": self._settings.as_json(), "source": self._source, "classes": classes, **books.as_json()}
+        known = {"settings": self._settings.as_json(), "source": self._source, "classes": classes, **books.as_json()}
+        return known | ({"fingerprints": fingerprints} if fingerprints else {})
 
     def counts(self) -> dict[str, Any]:
         """Totals over the shards that are there."""
@@ -224,8 +188,10 @@ class ImageSet:
         return sizes
 
 
-def _samples(made: Iterator[Made], task: Task, books: _Books, seen: Seen) -> Iterator[Packed]:
-    """The pictures of a shard, less those that were there before."""
+def _samples(
+    made: Iterator[Made], task: Task, books: Books, seen: Seen, fingerprints: dict[str, str]
+) -> Iterator[Packed]:
+    """The pictures of a shard, less those that were there before; it fills books and fingerprints."""
     left = task.last - task.first
     for one in made:
         left -= 1
@@ -233,8 +199,11 @@ def _samples(made: Iterator[Made], task: Task, books: _Books, seen: Seen) -> Ite
             one = Made(one.position, one.source, ("duplicate", f"of {original}"))  # noqa: PLW2901
         elif one.fingerprint:
             seen.keep(one.fingerprint, key(one.position))
-        books.enter(one)
-        if one.packed:
+            fingerprints[key(one.position)] = one.fingerprint.hex()
+        if one.packed is None:
+            books.reject(one.line())
+        else:
+            books.take(one.transforms, one.short_side, one.packed.label)
             yield one.packed
     if left:
         raise _Unfinished

@@ -18,6 +18,40 @@ _NAMED = 5
 _AGAIN = "run `ddpm shard` again with its --part, then this command"
 
 
+class Books:
+    """What has become of a shard's inputs: the part of its record that `totals` adds up."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+        self._rejected: list[dict[str, str]] = []
+        self._transforms: Counter[str] = Counter()
+        self._sizes: Counter[int] = Counter()
+        self._classes: Counter[int] = Counter()
+
+    def take(self, transforms: Iterable[str], short_side: int, label: int) -> None:
+        """A picture: what was done to it, its short side as stored, in pixels, and its class, -1 for none."""
+        self._taken += 1
+        self._transforms.update(transforms)
+        self._sizes[1 << (short_side.bit_length() - 1)] += 1
+        self._classes[label] += 1
+
+    def reject(self, line: dict[str, str]) -> None:
+        """An input that was not taken: its line in `rejected.jsonl`."""
+        self._rejected.append(line)
+
+    def as_json(self) -> dict[str, Any]:
+        """`counts` and `rejected`."""
+        counts = {
+            "inputs": self._taken + len(self._rejected),
+            "taken": self._taken,
+            "rejected": dict(sorted(Counter(line["reason"] for line in self._rejected).items())),
+            "transforms": dict(sorted(self._transforms.items())),
+            "sizes": {str(least): count for least, count in sorted(self._sizes.items())},
+            "classes": {str(label): count for label, count in sorted(self._classes.items()) if label >= 0},
+        }
+        return {"counts": counts, "rejected": self._rejected}
+
+
 def totals(records: Iterable[ShardRecord], classes: Sequence[str] | None) -> dict[str, Any]:
     """Totals over shards.
 
