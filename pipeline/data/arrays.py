@@ -19,10 +19,11 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from pipeline.data import png
 from pipeline.data.images import Rejected
 from pipeline.data.inputs import NO_LABEL, Entries, Input
 from pipeline.data.labels import Labelled, named, numbered
-from pipeline.data.opened import SourceFile
+from pipeline.data.opened import OneFile
 from pipeline.errors import DataError
 
 _CHANNELS = (1, 3, 4)
@@ -82,15 +83,7 @@ def image_file(picture: NDArray[Any]) -> bytes:
     if channels != 4:
         return b"P%d %d %d %d\n" % (5 if channels == 1 else 6, w, h, (1 << bits) - 1) + values.tobytes()
     lines = b"".join(b"\0" + line.tobytes() for line in values)  # 0: a line that is not filtered
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", w, h, bits, 6, 0, 0, 0)),
-        (b"IDAT", zlib.compress(lines, 0)),
-        (b"IEND", b""),
-    )
-    parts = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return png.assembled(w, h, bits, png.RGBA, zlib.compress(lines, 0))
 
 
 def row_names(count: int, folder: str = "") -> list[str]:
@@ -105,18 +98,8 @@ def _header(file: IO[bytes], name: str) -> _Header:
     return _Header(name, shape, dtype, fortran, file.tell())
 
 
-class Npy:
-    """One array, read at a row's offset.
-
-    Args:
-        url: its name.
-    """
-
-    parallel = False
-
-    def __init__(self, url: str) -> None:
-        self.name = url.rsplit("/", 1)[-1]
-        self._file = SourceFile(url)
+class Npy(OneFile):
+    """One array, read at a row's offset."""
 
     def entries(self, labels: bool, go_on: Callable[[], None]) -> Entries:
         """List its rows; they have no labels."""
@@ -140,18 +123,15 @@ class Npy:
         return self._header.picture(file.read(self._header.row_bytes))
 
 
-class Npz:
+class Npz(OneFile):
     """Arrays in a zip archive, packed or not: read forward, since what is packed has no random access.
 
     Args:
         url: its name.
     """
 
-    parallel = False
-
     def __init__(self, url: str) -> None:
-        self.name = url.rsplit("/", 1)[-1]
-        self._file = SourceFile(url)
+        super().__init__(url)
         self._headers: list[_Header] = []
         self._first_rows: list[int] = []
         self._stream: tuple[str, IO[bytes]] | None = None

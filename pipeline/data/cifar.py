@@ -21,7 +21,7 @@ from pipeline.data.arrays import image_file, row_names
 from pipeline.data.images import Rejected
 from pipeline.data.inputs import Entries, Input
 from pipeline.data.labels import numbered
-from pipeline.data.opened import SourceFile
+from pipeline.data.opened import OneFile, SourceFile
 from pipeline.errors import DataError
 
 _PIXELS = 3 * 32 * 32  # planes of red, green and blue, rows from the top
@@ -30,18 +30,8 @@ _MARKS = ("batches.meta", "batches.meta.txt", "meta", "fine_label_names.txt")
 _PICKLE = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
-class Cifar:
-    """One batch.
-
-    Args:
-        url: its name.
-    """
-
-    parallel = False
-
-    def __init__(self, url: str) -> None:
-        self.name = url.rsplit("/", 1)[-1]
-        self._file = SourceFile(url)
+class Cifar(OneFile):
+    """One batch."""
 
     def entries(self, labels: bool, go_on: Callable[[], None]) -> Entries:
         """List its pictures, with the names of the classes if they lie beside it."""

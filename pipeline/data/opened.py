@@ -83,6 +83,20 @@ class SourceFile:
         return {**self.__dict__, "_file": None}
 
 
+class OneFile:
+    """What the sources that are a single file have in common.
+
+    Args:
+        url: its name.
+    """
+
+    parallel = False
+
+    def __init__(self, url: str) -> None:
+        self.name = url.rsplit("/", 1)[-1]
+        self._file = SourceFile(url)
+
+
 def _state(url: str) -> tuple[int, int]:
     if storage.is_remote(url):
         info = storage.info(url)

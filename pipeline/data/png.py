@@ -15,7 +15,8 @@ from PIL import Image
 
 _SIGNATURE, _HEADER = b"\x89PNG\r\n\x1a\n", struct.Struct(">IIBBBBB")
 _IDAT = len(_SIGNATURE) + 12 + _HEADER.size
-_GREY, _RGB = 0, 2  # colour types
+_GREY, _RGB, RGBA = 0, 2, 6
+"""Colour types."""
 _PAETH = 4
 _ROWS_AT_ONCE = 64
 
@@ -33,8 +34,13 @@ def encoded(array: NDArray[np.uint8]) -> bytes:
     deflate = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL + 1, zlib.Z_RLE)
     strips = (padded[top : top + _ROWS_AT_ONCE + 1] for top in range(0, h, _ROWS_AT_ONCE))
     body = [deflate.compress(_filtered(strip, channels).data) for strip in strips]
-    header = _HEADER.pack(w, h, 8, _RGB if channels == 3 else _GREY, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", b"".join((*body, deflate.flush()))), (b"IEND", b""))
+    return assembled(w, h, 8, _RGB if channels == 3 else _GREY, b"".join((*body, deflate.flush())))
+
+
+def assembled(w: int, h: int, bits: int, colour_type: int, deflated: bytes) -> bytes:
+    """A file around rows that are filtered and deflated."""
+    header = _HEADER.pack(w, h, bits, colour_type, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", deflated), (b"IEND", b""))
     return _SIGNATURE + b"".join(_chunk(kind, data) for kind, data in chunks)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.arrays import by_value, row_names
 from pipeline.data.images import Rejected
 from pipeline.data.inputs import Entries, Input
-from pipeline.data.opened import SourceFile
+from pipeline.data.opened import OneFile, SourceFile
 from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -27,18 +27,15 @@ _PICTURES = ("image", "img", "picture", "photo", "jpg", "png", "bytes", "image_b
 _LABELS = ("label", "labels", "fine_label", "class", "category", "target", "cls", "y")
 
 
-class Table:
+class Table(OneFile):
     """A Parquet file.
 
     Args:
         url: its name.
     """
 
-    parallel = False
-
     def __init__(self, url: str) -> None:
-        self.name = url.rsplit("/", 1)[-1]
-        self._file = SourceFile(url)
+        super().__init__(url)
         self._column = ""
         self._leaf = ""
         self._first_rows: list[int] = []

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.data.inputs import NO_LABEL, PICTURES, Entries, Input, as_listed
 from pipeline.data.labels import numbered
-from pipeline.data.opened import SourceFile, time_stamp
+from pipeline.data.opened import OneFile, SourceFile, time_stamp
 from pipeline.errors import ConfigError, DataError
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -43,18 +43,12 @@ class _Unusual(Exception):  # noqa: N818
     """A header that only `tarfile` makes sense of."""
 
 
-class Tar:
+class Tar(OneFile):
     """A tar archive. A compressed one has no random access, so it is unpacked once, while it is listed.
 
     Args:
         url: its name; what it ends with says how it is packed.
     """
-
-    parallel = False
-
-    def __init__(self, url: str) -> None:
-        self.name = url.rsplit("/", 1)[-1]
-        self._file = SourceFile(url)
 
     def entries(self, labels: bool, go_on: Callable[[], None]) -> Entries:
         """List it."""

@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from pipeline.data.images import Rejected
 from pipeline.data.inputs import Entries, Input, as_listed
-from pipeline.data.opened import SourceFile
+from pipeline.data.opened import OneFile
 from pipeline.errors import DataError
 
 # As APPNOTE.TXT of PKWARE has them, sections 4.3.7, 4.3.12, 4.3.14 to 4.3.16.
@@ -30,18 +30,8 @@ class _Directory(NamedTuple):
     """Bytes in front of the archive, as a self-extracting one has them; offsets do not count them."""
 
 
-class Zip:
-    """A zip archive; names may repeat.
-
-    Args:
-        url: its name.
-    """
-
-    parallel = False
-
-    def __init__(self, url: str) -> None:
-        self.name = url.rsplit("/", 1)[-1]
-        self._file = SourceFile(url)
+class Zip(OneFile):
+    """A zip archive; names may repeat."""
 
     def entries(self, labels: bool, go_on: Callable[[], None]) -> Entries:
         """List it."""
