@@ -26,6 +26,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings and errors only.")]
+MaxBadFraction = Annotated[
+    float, typer.Option(min=0, max=1, help="More unusable inputs than this share end with exit code 3.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -63,9 +66,7 @@ def shard(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes; 0: one for each core. The result does not depend on it.")
     ] = 0,
-    max_bad_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="More unusable inputs than this share end with exit code 3.")
-    ] = 0.05,
+    max_bad_fraction: MaxBadFraction = 0.05,
     min_size: Annotated[int, typer.Option(min=1, help="Reject pictures whose short side has fewer pixels.")] = 1,
     background: Annotated[str, typer.Option(help="Colour behind transparent and around padded ones.")] = "#ffffff",
     dedupe: Annotated[
@@ -149,9 +150,7 @@ def index(
     workers: Annotated[
         int, typer.Option(min=0, help="Tars read side by side; 0: one for each core. The result does not depend on it.")
     ] = 0,
-    max_bad_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="More unusable samples than this share end with exit code 3.")
-    ] = 0.05,
+    max_bad_fraction: MaxBadFraction = 0.05,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

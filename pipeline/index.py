@@ -25,7 +25,6 @@ from pipeline.run.interrupt import Interrupt
 from pipeline.run.progress import Progress
 
 _PAPERS = re.compile(r"index-\d{6,}\.(npy|json)")
-_NO_LIMIT_S = 1e9  # of a tar, which may be large
 _LOOKS = 16
 _MAX_SIDE_PX = 16_383  # as for `ddpm shard`
 _SIZES_SAID = 5
@@ -161,7 +160,7 @@ def _read(tars: list[Tar], out: str, settings: Settings, workers: int, quiet: bo
             workers=min(workers, len(unread)),
             stop=lambda: interrupt.requested is not None,
             bury=foreign.bury,
-            cpu_limit_s=_NO_LIMIT_S,
+            cpu_limit_s=pool.NO_LIMIT_S,
         )
         with (
             Progress(len(tars), "indexing", unit="tars", done=len(tars) - len(unread), quiet=quiet) as progress,

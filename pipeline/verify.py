@@ -18,7 +18,6 @@ from pipeline.run.interrupt import Interrupt
 from pipeline.run.progress import Progress
 
 _T = TypeVar("_T")
-_NO_LIMIT_S = 1e9  # of a shard, which may be large
 
 
 def verify(path: str, *, quiet: bool = False) -> list[str]:
@@ -85,7 +84,7 @@ def _side_by_side(
         workers=min(len(os.sched_getaffinity(0)), count),
         stop=lambda: interrupt.requested is not None,
         bury=integrity.bury,
-        cpu_limit_s=_NO_LIMIT_S,
+        cpu_limit_s=pool.NO_LIMIT_S,
     )
     with Progress(count, "verifying", unit="shards", quiet=quiet) as progress, closing(findings):
         for record, found in zip(shards.shards, findings):

@@ -76,7 +76,7 @@ def _own(entries: Entries) -> Labelled:
     return by_folder(entries.paths) if entries.by_folder else (none([entries])[0], ())
 
 
-class Table:
+class LabelFile:
     """A CSV file that says which class each file is of: columns by their heads, or two columns without heads.
 
     Args:

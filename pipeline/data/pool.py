@@ -35,6 +35,8 @@ _GRACE_S = 10.0
 _AHEAD = 4
 """Chunks a worker that may wait, done, for one before them: they bound the memory."""
 CPU_LIMIT_S = 60.0
+NO_LIMIT_S = 1e9
+"""For items that are large, and not to be given up."""
 
 
 class _Piece(NamedTuple, Generic[Item]):

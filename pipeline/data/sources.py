@@ -83,7 +83,7 @@ def list_inputs(urls: Sequence[str], labels: Labels = "folder", go_on: Callable[
         ConfigError: a source is missing, or of a kind that is not read, or the CSV file does not fit.
         DataError: a source is damaged or cannot be listed, or there is not one input in all of them.
     """
-    table = None if labels in ("folder", "none") else numbering.Table(labels)
+    table = None if labels in ("folder", "none") else numbering.LabelFile(labels)
     sources = _sources(urls)
     found = [source.entries(labels == "folder", go_on) for source in sources]
     if not any(entries.paths for entries in found):
