@@ -122,7 +122,8 @@ def _look(url: str) -> SourceFile:
     try:
         return SourceFile(url)
     except FileNotFoundError as error:
-        raise ConfigError(f"{url}: no such tar: check the name") from error
+        server = ", and that its server answers" if storage.is_remote(url) else ""  # as of patterns
+        raise ConfigError(f"{url}: no such tar: check the name{server}") from error
 
 
 def _identity(settings: dict[str, Any], source: Any) -> dict[str, Any]:

@@ -57,6 +57,11 @@ def test_a_pattern_without_a_match_is_an_error(place, pattern):
         list_inputs([f"{place}/{pattern}"])
 
 
+def test_a_server_out_of_reach_is_thought_of():
+    with pytest.raises(ConfigError, match=r"check the name, and that its server answers$"):
+        list_inputs(["http://127.0.0.1:9/x-{0..1}.tar"])
+
+
 def test_braces_that_do_not_close_are_an_error_or_a_name(tmp_path):
     with pytest.raises(ConfigError, match=r"a\{b: "):
         list_inputs([str(tmp_path / "a{b")])

@@ -38,7 +38,9 @@ def matches(pattern: str) -> dict[str, dict[str, Any]]:
     for part in parts:
         places = _wild(part) if _WILD.search(part) and not storage.exists(part) else _one(part)
         if not places:
-            raise ConfigError(f"{part}: nothing matches: check the name")
+            # fsspec says of a web server that is out of reach, too, that there is no file.
+            server = ", and that its server answers" if storage.is_remote(part) else ""
+            raise ConfigError(f"{part}: nothing matches: check the name{server}")
         found |= places
     if "**" in pattern:
         found = {place: info for place, info in found.items() if info["type"] != "directory"}
