@@ -33,6 +33,7 @@ from pipeline.config import Config
 from pipeline.diffusion import objective
 from pipeline.diffusion.samplers import from_uint8
 from pipeline.diffusion.schedule import Schedule, make_schedule
+from pipeline.model import kernels
 from pipeline.model.unet import Checkpointing, UNet
 from pipeline.run.optimizer import make_adam
 
@@ -157,15 +158,19 @@ def _turned_round(func: Any, args: tuple[Any, ...]) -> int:
 
 
 @contextmanager
-def _as_on_cuda() -> Iterator[None]:
-    """GroupNorm of CUDA makes a copy of channels-last input, and keeps that one. For fake tensors only."""
-    group_norm = F.group_norm
+def as_on_cuda() -> Iterator[None]:
+    """What CUDA does otherwise than a CPU, for fake tensors on a CPU.
+
+    GroupNorm makes a copy of channels-last input, and keeps that one; attention takes a fused kernel.
+    """
+    group_norm, on_cpu = F.group_norm, kernels.on_cpu
     # No TorchFunctionMode: those are off within `backward`, where a checkpoint runs forward again.
     F.group_norm = lambda x, *args, **kwargs: group_norm(x.contiguous(), *args, **kwargs)
+    kernels.on_cpu = lambda x: False
     try:
         yield
     finally:
-        F.group_norm = group_norm
+        F.group_norm, kernels.on_cpu = group_norm, on_cpu
 
 
 class Step:
@@ -258,7 +263,7 @@ def trace(config: Config) -> dict[Checkpointing, Footprint]:
         ConfigError: the network cannot be built like that.
     """
     footprints = {}
-    with FakeTensorMode(), _as_on_cuda():
+    with FakeTensorMode(), as_on_cuda():
         step = Step(config)
         update = update_bytes(step)
         for policy in POLICIES:

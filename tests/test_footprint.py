@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import footprint
 from pipeline.config import Config
-from pipeline.footprint import POLICIES, Footprint, Ledger, Step, count, trace, update_bytes
+from pipeline.footprint import POLICIES, Footprint, Ledger, Step, as_on_cuda, count, trace, update_bytes
 from pipeline.model.unet import Checkpointing
 
 TINY: dict[str, dict[str, object]] = {
@@ -97,7 +97,7 @@ def test_what_is_saved_is_what_autograd_says_it_saves() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_large_batch_takes_what_two_small_ones_foretell(policy: Checkpointing) -> None:
     """Peaks too, although what is the highest point of a step changes with the batch."""
-    with FakeTensorMode(), footprint._as_on_cuda():
+    with FakeTensorMode(), as_on_cuda():
         step = Step(_config())
         step.network.checkpointing = policy
         for batch in (5, 64):
@@ -111,7 +111,7 @@ def test_a_large_batch_takes_what_two_small_ones_foretell(policy: Checkpointing)
 def test_a_second_micro_batch_takes_what_the_first_foretells(policy: Checkpointing) -> None:
     """It finds gradients, and adds to them: for a moment one of them is there twice, which is the peak of wide nets."""
     for config, told in ((_config(), _tiny()), (_WIDE, _wide())):
-        with FakeTensorMode(), footprint._as_on_cuda():
+        with FakeTensorMode(), as_on_cuda():
             step = Step(config)
             step.network.checkpointing = policy
             for batch in (2, 64):
@@ -136,7 +136,7 @@ def test_group_norm_is_counted_as_cuda_does_it() -> None:
         norm, batch = torch.nn.GroupNorm(4, 32), torch.empty(2, 32, 8, 8).to(memory_format=torch.channels_last)
         again = partial(checkpoint, norm, use_reentrant=False)
         plain, plain_again = counted(norm, batch), counted(again, batch)
-        with footprint._as_on_cuda():
+        with as_on_cuda():
             copied, copied_again = counted(norm, batch), counted(again, batch)
     assert copied[0] - plain[0] == batch.nbytes
     assert copied_again[0] == plain_again[0] and copied_again[1] - plain_again[1] >= batch.nbytes
@@ -184,7 +184,7 @@ def test_the_papers_network_takes_the_flops_that_are_known(size: int, gflop: flo
 
 
 def test_flops_are_those_of_torchs_own_counter() -> None:
-    with FakeTensorMode():
+    with FakeTensorMode(), as_on_cuda():
         step = Step(_config())
         with FlopCounterMode(display=False) as counter:
             step.loss(4).backward()  # type: ignore[no-untyped-call]
@@ -201,7 +201,7 @@ def _attention_flops(step: Step, batch: int) -> int:
 def test_attention_never_holds_all_scores() -> None:
     """At 32x32 positions N·N scores of a picture would be 2 MiB in 16 bits; all else of it is smaller."""
     config = _config(data={"size": 32}, model={"attention_sizes": [32], "channel_mults": [1]})
-    with FakeTensorMode():
+    with FakeTensorMode(), as_on_cuda():
         step = Step(config)
         with _largest() as sizes:
             step.loss(2).backward()  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the field's name
 from torch import Tensor, nn
 
+from pipeline.model import kernels
 from pipeline.model.lean import LeanConv2d
 
 _NEAR_ZERO = 1e-10  # of the last layer of each residual branch and of the output: the network begins as an identity
@@ -44,7 +45,15 @@ class GroupNorm(nn.GroupNorm):
         """(B, C, H, W) → the same shape and dtype; weight and bias, (C,), may come from outside."""
         weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, weight.to(x.dtype), bias.to(x.dtype), self.eps)
+            return kernels.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class Dropout(nn.Dropout):
+    """Dropout, with the random numbers that the device draws fastest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape → the same."""
+        return kernels.dropout(x, self.p) if self.training else x
 
 
 class ResidualBlock(nn.Module):
@@ -59,7 +68,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = glorot(LeanConv2d(in_channels, out_channels, 3, padding=1))
         self.embed = glorot(Float32Linear(embedding, 2 * out_channels if scale_shift else out_channels))
         self.norm2 = GroupNorm(groups, out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = glorot(LeanConv2d(out_channels, out_channels, 3, padding=1), _NEAR_ZERO)
         self.shortcut = (
             glorot(LeanConv2d(in_channels, out_channels, 1)) if in_channels != out_channels else nn.Identity()
@@ -123,13 +132,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → the same shape."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        projected = kernels.project(self.norm(x), self.qkv)
         q, k, v = (
-            self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each (B, heads, N, C/heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
-        projected: Tensor = self.out(attended)
-        return x + projected.transpose(1, 2).reshape(x.shape)
+            part.reshape(len(x), self.heads, -1, x.shape[2] * x.shape[3]).transpose(2, 3)  # (B, heads, N, C/heads)
+            for part in projected.chunk(3, dim=1)
+        )
+        attended = kernels.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
+        return x + kernels.project(attended.transpose(1, 2).reshape(x.shape), self.out)
 
 
 class Downsample(nn.Module):
