@@ -32,7 +32,8 @@ def same(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], *inputs: Tens
     gradients = [torch.autograd.grad((y * weights.to(y.dtype)).sum(), inputs) for y in (got, expected)]
     tolerance = ROUNDING[inputs[0].dtype]
     for a, b in zip([got, *gradients[0]], [expected, *gradients[1]]):
-        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * b.detach().abs().max().item())
+        a, b = a.detach().double(), b.detach().double()
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
