@@ -31,8 +31,8 @@ def same(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], *inputs: Tens
     weights = noise(*expected.shape, dtype=expected.dtype, seed=9).detach()
     gradients = [torch.autograd.grad((y * weights.to(y.dtype)).sum(), inputs) for y in (got, expected)]
     tolerance = ROUNDING[inputs[0].dtype]
-    for a, b in zip([got, *gradients[0]], [expected, *gradients[1]]):
-        a, b = a.detach().double(), b.detach().double()
+    for tensors in zip([got, *gradients[0]], [expected, *gradients[1]]):
+        a, b = (tensor.detach().double() for tensor in tensors)
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
