@@ -11,18 +11,16 @@ checkpointing.
 from __future__ import annotations
 
 import argparse
-import gc
+from functools import partial
 
 import diffusers
 import torch
-from accelerate import Accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
-from train_step import config_of, of_diffusers, ours, pictures, same_in_diffusers
+from train_step import config_of, of_diffusers, ours_alone, same_in_diffusers
 from turns import Turns
 
 from pipeline.config import Config
 from pipeline.footprint import Ledger, trace
-from pipeline.run.world import World
 
 
 def kept_by_diffusers(config: Config, *, checkpointing: bool) -> int:
@@ -49,8 +47,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help="default: 10 on a GPU, 2 on a CPU")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; default: all cores")
     options = parser.parse_args()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    world, cuda = World(accelerator, 0, 1, accelerator.device), torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     batches, rounds = options.batches or ([32, 128] if cuda else [1, 4]), options.rounds or (10 if cuda else 2)
     print("one picture:")
     print(f"{'':14}{'':8}{'':>12}{'forward':>10}{'MiB kept,':>12}{'blocks':>9}{'diffusers':>11}{'check-':>9}")
@@ -71,18 +69,13 @@ def main() -> None:
     print(f"{'':14}{'batch':>8}{'ms':>10}{'images/s':>10}{'TFLOP/s':>10}{'diffusers, ms':>15}{'x diffusers':>13}")
     for name in options.configs:
         for batch in batches:
-            turns, config = Turns(world.device, options.threads), config_of(name, batch, "bf16")
-            images = pictures(config, batch)
-            step, model = ours(config, images, world)
-            peer = of_diffusers(config, images, world.device, dict(model.state_dict()))
-            turns.take({"ours": step, "diffusers": peer}, rounds)
+            turns, config = Turns(device, options.threads), config_of(name, batch, "bf16")
+            turns.take_apart({"ours": partial(ours_alone, config), "diffusers": partial(of_diffusers, config)}, rounds)
             seconds, theirs = turns.median("ours"), turns.median("diffusers")
             speed = (
                 f"{seconds * 1e3:>10.1f}{batch / seconds:>10.2f}{3 * gigaflops[name] * batch / seconds / 1e3:>10.3f}"
             )
             print(f"{name:14}{batch:>8}{speed}{theirs * 1e3:>15.1f}{turns.faster('ours', 'diffusers'):>13.2f}")
-            del step, model, peer
-            gc.collect()
     print(f"{turns.where()}, diffusers {diffusers.__version__}; medians of {rounds} rounds")
 
 

@@ -60,9 +60,9 @@ def work(batch: int, rounds: int, answer: Path) -> None:
     config = config_of("cifar10.yaml", batch * world.size, "bf16")
     compressing = config_of("cifar10.yaml", batch * world.size, "bf16", gradient_compression="bf16")
     images = pictures(config, batch)
-    steps = {"ours": ours(config, images, world)[0], "accelerate": of_accelerate(config, images, world)}
+    steps = {"ours": ours(config, images, world), "accelerate": of_accelerate(config, images, world)}
     if world.size > 1:
-        steps["ours, bf16 gradients"] = ours(compressing, images, world)[0]
+        steps["ours, bf16 gradients"] = ours(compressing, images, world)
     turns.take(steps, rounds)
     if world.is_main:
         answer.write_text(json.dumps({"seconds": turns.seconds, "where": turns.where()}))

@@ -19,17 +19,15 @@ from pathlib import Path
 
 import diffusers
 import torch
-from accelerate import Accelerator
 from article import ArticleNet
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from train_step import CONFIGS, ours, pictures, same_in_diffusers
+from train_step import CONFIGS, ours_alone, same_in_diffusers
 from turns import Turns
 
 from pipeline import configfile
 from pipeline.config import Config
 from pipeline.footprint import Ledger, trace
-from pipeline.run.world import World
 
 PAPERS = ("model.channel_mults=[1,2,2,2]", "model.attention_sizes=[16]", "model.head_channels=null")
 NETWORKS: dict[str, tuple[str, int, tuple[str, ...]]] = {
@@ -115,13 +113,13 @@ def measured(make: Callable[[], Step]) -> str:
     return text
 
 
-def rows(name: str, world: World) -> Iterator[tuple[str, int, float, int, str]]:
+def rows(name: str) -> Iterator[tuple[str, int, float, int, str]]:
     """What, bytes kept, operations as a multiple, bytes at the peak, what a GPU says of it."""
     config = config_of(name)
     batch, footprints = config.train.global_batch, trace(config)
     for policy, found in footprints.items():
         same = config_of(name, policy)
-        peak = measured(lambda same=same: ours(same, pictures(same, batch), world)[0])
+        peak = measured(partial(ours_alone, same))
         ratio = found.flops / footprints["none"].flops
         yield f"ours, {policy}", found.saved_bytes(batch), ratio, found.peak_bytes(batch, accumulating=False), peak
         gc.collect()
@@ -142,15 +140,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(NETWORKS), choices=NETWORKS)
     options = parser.parse_args()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    world = World(accelerator, 0, 1, accelerator.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = f"{'GiB kept':>10}{'x FLOPs':>10}{'GiB peak':>10}" + f"{'measured':>10}" * torch.cuda.is_available()
     print("counted as on a GPU; peaks of ours are of whole steps")
     for name in options.only:
         print(f"{f'{name}, batch {NETWORKS[name][1]}':38}{head}")
-        for what, kept, ratio, peak, seen in rows(name, world):
+        for what, kept, ratio, peak, seen in rows(name):
             print(f"  {what:36}{kept / GIB:>10.2f}{ratio:>10.3f}{peak / GIB:>10.2f}{seen:>10}", flush=True)
-    print(f"{Turns(world.device).where()}, diffusers {diffusers.__version__}")
+    print(f"{Turns(device).where()}, diffusers {diffusers.__version__}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +43,7 @@ from pipeline.trainer import Position, Trainer
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = "diffusers, as shipped"
 Step = Callable[[], object]
+Maker = Callable[[], Step]
 
 KINDS = {
     "convolution": ("conv",),
@@ -71,8 +71,14 @@ def pictures(config: Config, count: int) -> Tensor:
     return torch.randint(0, 256, (count, config.data.channels, *config.data.height_width), dtype=torch.uint8)
 
 
-def ours(config: Config, images: Tensor, world: World) -> tuple[Step, nn.Module]:
-    """The Trainer's step on a rank's share of the global batch, and its network."""
+def alone() -> World:
+    """One process, on a GPU if there is one."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    return World(accelerator, 0, 1, accelerator.device)
+
+
+def ours(config: Config, images: Tensor, world: World) -> Step:
+    """The Trainer's step on a rank's share of the global batch."""
     count = len(images)
     trainer, position = Trainer(config, world), Position(lanes=1, micro_batch=count)
     trainer.settle(position)
@@ -84,7 +90,11 @@ def ours(config: Config, images: Tensor, world: World) -> tuple[Step, nn.Module]
         trainer.update(position, world.agree_soon(~gradient.finite, 0, 0))
         trainer.conclude(position)
 
-    return step, trainer.model
+    return step
+
+
+def ours_alone(config: Config) -> Step:
+    return ours(config, pictures(config, config.train.global_batch), alone())
 
 
 def same_in_diffusers(config: Config) -> UNet2DModel:
@@ -93,17 +103,20 @@ def same_in_diffusers(config: Config) -> UNet2DModel:
     return UNet2DModel.from_config(words)
 
 
-def of_diffusers(config: Config, images: Tensor, device: torch.device, weights: dict[str, Tensor]) -> Step:
-    """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py."""
-    model, precision = same_in_diffusers(config), config.train.precision
-    model.load_state_dict(interchange.to_diffusers(weights))
-    model.to(device).train()
+def of_diffusers(config: Config, *, as_torch_ships: bool = False) -> Step:
+    """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py.
+
+    As torch ships, convolutions are in TF32 and cuDNN takes its first choice of an algorithm.
+    """
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = as_torch_ships, not as_torch_ships
+    device, precision = alone().device, config.train.precision
+    model = same_in_diffusers(config).to(device).train()
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4,
                    model_cls=UNet2DModel, model_config=model.config)  # fmt: skip
     ema.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    loaded, dtype = images / 127.5 - 1, torch.bfloat16 if precision == "bf16" else torch.float32
+    loaded, dtype = loaded_floats(config), torch.bfloat16 if precision == "bf16" else torch.float32
     network = torch.compile(model) if config.train.compile else model
 
     def step() -> None:
@@ -122,17 +135,24 @@ def of_diffusers(config: Config, images: Tensor, device: torch.device, weights: 
     return step
 
 
-def of_the_article(images: Tensor, device: torch.device, precision: str, compiled: bool) -> Step:
+def loaded_floats(config: Config) -> Tensor:
+    """Pictures in [-1, 1] as a peer's loader gives them."""
+    return pictures(config, config.train.global_batch) / 127.5 - 1
+
+
+def of_the_article(config: Config) -> Step:
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
+    device = alone().device
     model = ArticleNet().to(device)
     optimizer = torch.optim.Adam(model.parameters(), 2e-4)
     bars = (1 - torch.linspace(1e-4, 0.02, 1000, device=device)).cumprod(0)
-    loaded, network = images / 127.5 - 1, torch.compile(model) if compiled else model
+    loaded, network = loaded_floats(config), torch.compile(model) if config.train.compile else model
 
     def step() -> None:
         clean = loaded.to(device)
         noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),), device=device)
         bar = bars[t][:, None, None, None]
-        with autocast(device, precision):
+        with autocast(device, config.train.precision):
             output = network(bar.sqrt() * clean + (1 - bar).sqrt() * noise, t)
         F.mse_loss(output.float(), noise).backward()
         optimizer.step()
@@ -141,18 +161,20 @@ def of_the_article(images: Tensor, device: torch.device, precision: str, compile
     return step
 
 
-def of_lucidrains(images: Tensor, device: torch.device, precision: str, compiled: bool) -> Step:
+def of_lucidrains(config: Config) -> Step:
     """The loop of denoising-diffusion-pytorch's Trainer, with the settings of its README."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # noqa: PLC0415  needs torchvision
     from ema_pytorch import EMA  # noqa: PLC0415
 
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
+    device = alone().device
     diffusion = GaussianDiffusion(Unet(dim=64, dim_mults=(1, 2, 4, 8)), image_size=32, timesteps=1000).to(device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10)
-    loaded, loss_of = images / 255, torch.compile(diffusion) if compiled else diffusion
+    loaded, loss_of = loaded_floats(config) / 2 + 0.5, torch.compile(diffusion) if config.train.compile else diffusion
 
     def step() -> None:
-        with autocast(device, precision):
+        with autocast(device, config.train.precision):
             loss = loss_of(loaded.to(device))
         loss.backward()
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
@@ -163,36 +185,18 @@ def of_lucidrains(images: Tensor, device: torch.device, precision: str, compiled
     return step
 
 
-@contextmanager
-def as_torch_ships() -> Iterator[None]:
-    """Convolutions in TF32, and cuDNN's first choice of an algorithm."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True):
-        yield
-
-
-def shipped(step: Step) -> None:
-    with as_torch_ships():
-        step()
-
-
-def contestants(batch: int, world: World, compiled: bool) -> dict[str, Step]:
-    device, found = world.device, {}
+def makers(batch: int, *, compiled: bool) -> dict[str, Maker]:
+    found: dict[str, Maker] = {}
     for precision in ("fp32", "bf16"):
         config = config_of("cifar10.yaml", batch, precision, compiled=compiled)
-        images = pictures(config, batch)
-        found[f"ours, {precision}"], model = ours(config, images, world)
-        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        found[f"diffusers, {precision}"] = of_diffusers(config, images, device, weights)
-        if precision == "fp32":
-            plain = found["diffusers, fp32"]
-            if device.type == "cuda" or compiled:
-                plain = of_diffusers(config_of("cifar10.yaml", batch, precision), images, device, weights)
-            found[SHIPPED] = partial(shipped, plain)
-        found[f"article, {precision}"] = of_the_article(images, device, precision, compiled)
+        found[f"ours, {precision}"] = partial(ours_alone, config)
+        found[f"diffusers, {precision}"] = partial(of_diffusers, config)
+        found[f"article, {precision}"] = partial(of_the_article, config)
         if importlib.util.find_spec("denoising_diffusion_pytorch") and importlib.util.find_spec("torchvision"):
-            found[f"lucidrains, {precision}"] = of_lucidrains(images, device, precision, compiled)
-    if device.type == "cpu" and not compiled:
-        del found[SHIPPED]  # the same as in float32
+            found[f"lucidrains, {precision}"] = partial(of_lucidrains, config)
+    if compiled or torch.cuda.is_available():  # else the same as in float32
+        plain = config_of("cifar10.yaml", batch, "fp32")
+        found[SHIPPED] = partial(of_diffusers, plain, as_torch_ships=True)
     return found
 
 
@@ -202,6 +206,7 @@ def where_the_time_goes(steps: dict[str, Step], device: torch.device) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     table: dict[str, dict[str, float]] = {}
     for name, step in steps.items():
+        step()
         with profile(activities=activities) as profiler:
             step()
         spent = dict.fromkeys([*KINDS, "rest"], 0.0)
@@ -220,23 +225,21 @@ def where_the_time_goes(steps: dict[str, Step], device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=0, help="default: 128 on a GPU, 8 on a CPU")
+    parser.add_argument("--batch", type=int, default=0, help="default: 128 on a GPU, 16 on a CPU")
     parser.add_argument("--rounds", type=int, default=0, help="default: 20 on a GPU, 4 on a CPU")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; default: all cores")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true", help="also: where the time of a step goes")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="beginnings of names, such as ours")
     options = parser.parse_args()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    device = accelerator.device
-    cuda = device.type == "cuda"
-    batch, rounds = options.batch or (128 if cuda else 8), options.rounds or (20 if cuda else 4)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    batch, rounds = options.batch or (128 if cuda else 16), options.rounds or (20 if cuda else 4)
     turns = Turns(device, options.threads)
-    torch.manual_seed(0)
-    steps = contestants(batch, World(accelerator, 0, 1, device), options.compile)
+    steps = makers(batch, compiled=options.compile)
     if options.only:
-        steps = {name: step for name, step in steps.items() if name.startswith(tuple(options.only))}
-    turns.take(steps, rounds)
+        steps = {name: maker for name, maker in steps.items() if name.startswith(tuple(options.only))}
+    turns.take_apart(steps, rounds)
     default = SHIPPED if SHIPPED in steps else "diffusers, fp32"
     print(f"{'':24}{'ms':>9}{'images/s':>10}{'x diffusers':>13}{'x as shipped':>14}")
     for name in steps:
@@ -249,7 +252,7 @@ def main() -> None:
     how = "compiled" if options.compile else "not compiled"
     print(f"{turns.where()}, diffusers {diffusers.__version__}, batch {batch}, {how}; medians of {rounds} rounds")
     if options.profile:
-        where_the_time_goes({n: s for n, s in steps.items() if n.startswith(("ours", "diffusers"))}, device)
+        where_the_time_goes({n: m() for n, m in steps.items() if n.startswith(("ours", "diffusers"))}, device)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+
+Work = Callable[[], object]
 
 
 class Turns:
@@ -26,15 +32,49 @@ class Turns:
         self._device, self._alone = device, device.type == "cpu" and torch.get_num_threads() == 1 and not waits
         self.seconds: dict[str, list[float]] = {}
 
-    def take(self, contestants: Mapping[str, Callable[[], object]], rounds: int) -> None:
+    def take(self, contestants: Mapping[str, Work], rounds: int) -> None:
         """Some rounds after one that does not count."""
+        self._take({name: partial(self.timed, work) for name, work in contestants.items()}, rounds)
+
+    def take_apart(self, makers: Mapping[str, Callable[[], Work]], rounds: int) -> None:
+        """The same, each contestant made and run in a process of its own, as its users would.
+
+        In one process they would share an allocator, and each would pay for pages that another gave back.
+
+        Args:
+            makers: of what is timed; they can be pickled.
+            rounds: that count.
+        """
+        with ExitStack() as stack:
+            self._take({name: stack.enter_context(self._apart(maker)) for name, maker in makers.items()}, rounds)
+
+    def _take(self, timed: Mapping[str, Callable[[], float]], rounds: int) -> None:
         for number in range(rounds + 1):
-            for name, work in contestants.items():
-                seconds = self._timed(work)
+            for name, turn in timed.items():
+                seconds = turn()
                 if number:
                     self.seconds.setdefault(name, []).append(seconds)
 
-    def _timed(self, work: Callable[[], object]) -> float:
+    @contextmanager
+    def _apart(self, maker: Callable[[], Work]) -> Iterator[Callable[[], float]]:
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there, maker, self._device, torch.get_num_threads()))
+        process.start()
+        there.close()
+
+        def turn() -> float:
+            here.send(None)
+            return float(here.recv())
+
+        try:
+            yield turn
+        finally:
+            here.close()
+            process.join()
+
+    def timed(self, work: Work) -> float:
+        """Seconds that some work takes."""
         clock = time.process_time if self._alone else time.perf_counter
         self._wait()
         started = clock()
@@ -62,6 +102,16 @@ class Turns:
         threads = torch.get_num_threads()
         clock = "seconds of the processor" if self._alone else "seconds of the clock"
         return f"{(names or [platform.processor()])[0]}, threads: {threads}, {clock}, torch {torch.__version__}"
+
+
+def _serve(connection: Connection, maker: Callable[[], Work], device: torch.device, threads: int) -> None:
+    turns, work = Turns(device, threads), maker()
+    while True:
+        try:
+            connection.recv()
+        except EOFError:
+            return
+        connection.send(turns.timed(work))
 
 
 def _cpuinfo() -> list[str]:
