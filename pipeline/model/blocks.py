@@ -132,12 +132,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → the same shape."""
-        projected = kernels.project(self.norm(x), self.qkv)
-        q, k, v = (
-            part.reshape(len(x), self.heads, -1, x.shape[2] * x.shape[3]).transpose(2, 3)  # (B, heads, N, C/heads)
-            for part in projected.chunk(3, dim=1)
-        )
-        attended = kernels.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
+        tokens = kernels.project(self.norm(x), self.qkv).flatten(2).transpose(1, 2)  # (B, N, 3C)
+        q, k, v = (part.reshape(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in tokens.chunk(3, dim=2))
+        attended = kernels.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) → (B, N, C)
         return x + kernels.project(attended.transpose(1, 2).reshape(x.shape), self.out)
 
 
