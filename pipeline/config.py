@@ -171,6 +171,9 @@ class TrainSection(Section):
     """Only deterministic kernels: on CUDA the price of bit-identical runs."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Decay of the averaged weights after their warm-up."""
+    ema_device: Literal["same", "cpu"] = "same"
+    """Where the averaged weights live: with those they follow, or in the host's memory, to save that of a GPU. There
+    the host moves them while the GPU computes the next gradient."""
     init_from: str | None = None
     """Start a new run from the EMA weights of a run, a checkpoint or a diffusers directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -198,6 +201,9 @@ class SampleSection(Section):
     """Classifier-free guidance: 1 is the plain conditional model, more follows the label harder."""
     batch: PositiveInt = 64
     """Pictures drawn together. Bits are equal only between runs with equal batch."""
+    compile: bool = False
+    """Compile the network's blocks with torch.compile; previews do without. It changes the last bits, so that a set is
+    drawn wholly with it or without; on a GPU they may also differ between processes, which choose kernels by speed."""
 
 
 class RunSection(Section):

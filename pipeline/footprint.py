@@ -190,11 +190,12 @@ class Step:
             if parameter.dim() == 4:  # as `.to(memory_format=…)` does, which fake modules do not know
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._optimizer = make_adam(self.network, config.train.lr)
-        self._average = [torch.empty_like(parameter) for parameter in self.network.parameters()]
+        followed = self.network.parameters() if config.train.ema_device == "same" else ()
+        self._average = [torch.empty_like(parameter) for parameter in followed]
         self._schedule: Schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps)
 
     def held(self) -> list[Tensor]:
-        """What lives as long as a run: weights, their average, moments."""
+        """What lives as long as a run: weights, their average if it is not on the host, moments."""
         state = [value for entry in self._optimizer.state.values() for value in entry.values()]
         return [*self.network.parameters(), *self._average, *state]
 
@@ -224,8 +225,9 @@ class Step:
         """What follows the last backward pass."""
         nn.utils.clip_grad_norm_(self.network.parameters(), self._config.train.clip_norm)
         self._optimizer.step()
-        with torch.no_grad():  # the counters of the average itself are read on the host, and fake ones cannot be
-            torch._foreach_lerp_(self._average, list(self.network.parameters()), 1 - self._config.train.ema_decay)
+        if self._average:
+            with torch.no_grad():  # the counters of the average itself are read on the host, and fake ones cannot be
+                torch._foreach_lerp_(self._average, list(self.network.parameters()), 1 - self._config.train.ema_decay)
 
     def forget(self) -> None:
         """Drop the gradients."""

@@ -26,7 +26,6 @@ from pipeline.diffusion.schedule import make_schedule
 from pipeline.errors import ConfigError
 from pipeline.generator import Generator, Manner, autocast
 from pipeline.model import ema as averaging
-from pipeline.model.blocks import Attention, ResidualBlock
 from pipeline.model.unet import Checkpointing, UNet
 from pipeline.noise import Use
 from pipeline.run import memory
@@ -107,7 +106,7 @@ class Trainer:
         if weights is not None:
             self.model.load_state_dict(weights)
         self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = averaging.make_ema(self.model, section.ema_decay)
+        self.ema = averaging.Average(self.model, section.ema_decay, on_host=section.ema_device == "cpu")
         self.optimizer = make_adam(self.model, section.lr)
         self._network = world.data_parallel(self.model, section.gradient_compression) if world.size > 1 else self.model
         self._schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(world.device)
@@ -162,7 +161,7 @@ class Trainer:
         self.flops = share * self._flops_per_picture()
         self.model.checkpointing = position.checkpointing
         if section.compile:  # not before, or each trial would be compiled too
-            self._compile()
+            self.model.compile_blocks()
         memory.forget_peak(world.device)
 
     def warm_up(self, micro_batch: int) -> None:
@@ -198,7 +197,8 @@ class Trainer:
             position: where the run stands.
             verdict: a `Verdict`, agreed on, which this does not wait for.
         """
-        step_unless(verdict.values[0], self.optimizer, learning_rate(position.step, self.config.train))
+        with self.ema.following():
+            step_unless(verdict.values[0], self.optimizer, learning_rate(position.step, self.config.train))
         self.optimizer.zero_grad(set_to_none=True)
         self._undecided = verdict
         position.step += 1
@@ -233,7 +233,7 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self, pictures: Batch, micro_batch: int) -> float:
         """Mean loss of the averaged weights over all ranks' pictures, each at its own fixed timestep and noise."""
-        seed, world = self.config.train.seed, self.world
+        seed, world, network = self.config.train.seed, self.world, self.ema.network()
         total = torch.zeros(2, dtype=torch.float64, device=world.device)
         for start in range(0, len(pictures.positions), micro_batch):
             images, labels, ids = (
@@ -242,13 +242,7 @@ class Trainer:
             )
             t = noise.integers(seed, ids, Use.VALIDATION_TIMESTEP, self.config.diffusion.timesteps)
             epsilon = noise.normals(seed, ids, Use.VALIDATION_NOISE, tuple(images.shape[1:]))
-            losses = self._objective(
-                self.ema.ema_model.eval(),
-                images,
-                t,
-                epsilon,
-                labels,
-            )
+            losses = self._objective(network, images, t, epsilon, labels)
             total += torch.stack((losses.sum(), losses.new_tensor(len(ids)))).to(torch.float64)
         loss_sum, count = world.sum(total).tolist()
         return float(loss_sum / count)
@@ -258,8 +252,10 @@ class Trainer:
         run, world = self.config.run, self.world
         each = -(-run.preview_samples // world.size)
         steps = min(run.preview_steps, self.config.diffusion.timesteps)
-        settings = self.config.sample.model_copy(update={"sampler": "ddim", "eta": 0.0, "steps": steps, "batch": each})
-        generator = Generator(self.config, self.ema.ema_model, self._schedule, world.device)
+        settings = self.config.sample.model_copy(
+            update={"sampler": "ddim", "eta": 0.0, "steps": steps, "batch": each, "compile": False}
+        )
+        generator = Generator(self.config, self.ema.network(), self._schedule, world.device)
         seeds = range(world.rank * each, (world.rank + 1) * each)
         mine = [picture for _, picture in generator.pictures(seeds, Manner(settings, self.config.train.precision))]
         pictures = world.gather(torch.from_numpy(np.stack(mine)).to(world.device))
@@ -296,17 +292,6 @@ class Trainer:
             prediction_type=config.diffusion.prediction_type, loss_weighting=config.diffusion.loss_weighting,
             min_snr_gamma=config.diffusion.min_snr_gamma, learned_variance=config.model.learned_variance,
         )  # fmt: skip
-
-    def _compile(self) -> None:
-        """Compile each kind of block once, for its repetitions too: that starts sooner than one graph of everything.
-
-        The average was copied before and stays as it is; checkpoints lie around the blocks, and do not notice.
-        """
-        blocks = [module for module in self.model.modules() if isinstance(module, ResidualBlock | Attention)]
-        # All kinds count as compilations of the one function through which torch calls modules.
-        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 2 * len(blocks))
-        for block in blocks:
-            block.compile(dynamic=False)
 
     def _flops_per_picture(self) -> int:
         self.model.checkpointing = "none"

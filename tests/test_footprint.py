@@ -79,6 +79,20 @@ def test_the_end_of_a_fake_step_takes_what_that_of_a_real_one_takes() -> None:
     assert held == pytest.approx(4 * gradients, rel=0.001)  # weights, average, two moments
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_average_on_the_host_is_not_counted(policy: Checkpointing) -> None:
+    (config, network), told = (_config(train={"ema_device": "cpu"}), Step(_config()).network), _tiny()[policy]
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footprint, "POLICIES", (policy,))
+        lean = trace(config)[policy]
+    for accumulating in (False, True):
+        for batch in (1, 64):
+            peaks = (each.peak_bytes(batch, accumulating=accumulating) for each in (told, lean))
+            assert next(peaks) - next(peaks) == weights
+    assert (lean.saved_bytes(5), lean.flops) == (told.saved_bytes(5), told.flops)
+
+
 def test_what_is_saved_is_what_autograd_says_it_saves() -> None:
     step = Step(_config())
     held = {tensor.untyped_storage().data_ptr() for tensor in step.held()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,14 @@ from pipeline.data.batches import Batch, read_all
 from pipeline.data.shardset import ShardSet
 from pipeline.errors import ConfigError
 from pipeline.model.blocks import Attention, ResidualBlock
+from pipeline.model.unet import UNet
 from pipeline.run import world
 from pipeline.run.meter import Meter
 from pipeline.run.world import World
 from pipeline.trainer import Position, Trainer
 from tests.launch import TINY
+
+SMALL_PREVIEW = ("run.preview_samples=4", "run.preview_steps=3")
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,41 @@ def test_a_verdict_heeded_a_step_later_changes_no_bit(alone: World, batch: Batch
     assert_same(copied(prompt), copied(late))
 
 
+def test_an_average_on_the_host_changes_no_bit(alone: World, batch: Batch) -> None:
+    """Nor does a bad step, nor a verdict that is read when the next gradient is there."""
+    beside, position = trained(tiny(*SMALL_PREVIEW), alone, batch, steps=0)
+    away, other = trained(tiny("train.ema_device=cpu", *SMALL_PREVIEW), alone, batch, steps=0)
+    for bad in (False, False, True, False):
+        stepped(beside, position, batch, bad=bad)
+        gradient = away.gradient(batch, other)
+        away.conclude(other)
+        away.update(other, alone.agree_soon(bad or ~gradient.finite, 0, False))
+    away.conclude(other)
+    assert other == position and other.ema_updates == 3
+    assert_same(copied(beside), copied(away))
+    before = copied(away)
+    assert away.validation_loss(batch, 4) == beside.validation_loss(batch, 4)
+    assert np.array_equal(away.preview(), beside.preview())
+    assert_same(copied(away), before)
+
+
+def test_the_copy_of_an_average_on_the_host_does_not_outlive_its_use(alone: World, batch: Batch) -> None:
+    def networks() -> int:
+        return sum(type(thing) is UNet for thing in gc.get_objects())
+
+    trainer, _ = trained(tiny("train.ema_device=cpu", *SMALL_PREVIEW), alone, batch)
+    gc.collect()
+    gc.disable()
+    try:
+        before = networks()
+        trainer.validation_loss(batch, 4)
+        trainer.preview()
+        assert networks() == before
+        assert trainer.ema.network() is not trainer.ema.ema_model  # also where the host is the device
+    finally:
+        gc.enable()
+
+
 def test_nothing_is_saved_while_a_verdict_is_open(alone: World, batch: Batch) -> None:
     trainer, position = trained(tiny(), alone, batch)
     trainer.update(position, alone.agree_soon(False, 0, False))
@@ -173,6 +213,7 @@ def test_compiled_blocks_train_as_others_and_each_kind_is_compiled_once(
     plain = trained(tiny(*settings), alone, batch, steps=2)[0]
     torch._dynamo.reset()
     counters.clear()
+    settings += ("sample.compile=true", "run.preview_samples=2", "run.preview_steps=2")
     compiled, position = trained(tiny("train.compile=true", *settings), alone, batch, steps=2)
     blocks = sum(isinstance(module, ResidualBlock | Attention) for module in compiled.model.modules())
     assert 0 < counters["stats"]["unique_graphs"] < blocks
@@ -184,6 +225,7 @@ def test_compiled_blocks_train_as_others_and_each_kind_is_compiled_once(
             torch.testing.assert_close(compiled.tensors()[part][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
     before = counters["stats"]["unique_graphs"]
     compiled.validation_loss(batch, 4)
+    compiled.preview()
     stepped(compiled, position, batch)
     assert counters["stats"]["unique_graphs"] == before  # the average is not compiled, nor anything twice
 
@@ -201,7 +243,7 @@ class _NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("settings", [
     (), ("model.num_classes=0",), ("train.checkpointing=full",), ("train.precision=bf16",),
-    ("model.learned_variance=true", "diffusion.loss_weighting=min_snr"),
+    ("model.learned_variance=true", "diffusion.loss_weighting=min_snr"), ("train.ema_device=cpu",),
 ])  # fmt: skip
 def test_no_operation_of_a_step_waits_for_the_device(alone: World, batch: Batch, settings: tuple[str, ...]) -> None:
     trainer, position = trained(tiny("model.dropout=0.3", *settings), alone, batch)
@@ -217,9 +259,11 @@ def test_no_operation_of_a_step_waits_for_the_device(alone: World, batch: Batch,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_never_waits_for_the_gpu(batch: Batch) -> None:
+@pytest.mark.parametrize("ema_device", ["same", "cpu"])
+def test_a_step_never_waits_for_the_gpu(batch: Batch, ema_device: str) -> None:
     gpu = world.enter("cuda", 60)
-    trainer, position = trained(tiny("model.dropout=0.3", "train.device=cuda"), gpu, batch, steps=2)
+    config = tiny("model.dropout=0.3", "train.device=cuda", f"train.ema_device={ema_device}")
+    trainer, position = trained(config, gpu, batch, steps=2)
     pinned = Batch(batch.images.pin_memory(), batch.labels, batch.positions)
     meter = Meter(100, gpu.device, trainer.flops)
     torch.cuda.set_sync_debug_mode("error")
@@ -235,6 +279,27 @@ def test_a_step_never_waits_for_the_gpu(batch: Batch) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.conclude(position) == (0, 0, 0)
     assert (position.step, position.ema_updates) == (5, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_average_on_the_host_takes_no_memory_of_the_gpu_and_is_the_same(batch: Batch) -> None:
+    settings = ("train.device=cuda", "train.deterministic=true", *SMALL_PREVIEW)
+    gpu, bytes_held, parts = world.enter("cuda", 60), [], []
+    for ema_device in ("same", "same", "cpu"):  # the first also makes cuBLAS's workspace, which stays
+        before = torch.cuda.memory_allocated()
+        trainer, _ = trained(tiny(*settings, f"train.ema_device={ema_device}"), gpu, batch, steps=5)
+        trainer.validation_loss(batch, 4)
+        trainer.preview()
+        bytes_held.append(torch.cuda.memory_allocated() - before)
+        parts.append(copied(trainer))
+        average = parts[-1]["ema"].values()
+        del trainer
+        gc.collect()
+    assert {tensor.device.type for tensor in average} == {"cpu"}
+    assert bytes_held[1] - bytes_held[2] >= sum(tensor.nbytes for tensor in average)
+    for name, tensor in parts[1]["ema"].items():
+        torch.testing.assert_close(parts[2]["ema"][name], tensor.cpu(), rtol=1e-6, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("policy", ["none", "attention", "blocks", "full"])

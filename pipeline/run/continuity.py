@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.checkpointing",
     "train.compile",
+    "train.ema_device",
     "train.max_bad_steps",
     "train.init_from",
 )
