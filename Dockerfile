@@ -2,7 +2,7 @@
 # CUDA 13.0 is what torch's own wheels are built for; they bring their libraries, and the host's driver does the rest.
 FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
 
-# The compiler and Python's headers are for train.compile. No versions: the base image's tag names the distribution.
+# The compiler and Python's headers are for torch.compile. No versions: the base image's tag names the distribution.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \

@@ -212,6 +212,9 @@ def sample(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Pictures drawn together; bits are equal only for equal batch.")
     ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the network first, which pays in large sets.")
+    ] = None,
     shard_samples: Annotated[
         int | None, typer.Option(min=1, help="Seeds in a shard, a multiple of batch. Default: 1 to 4 batches.")
     ] = None,
@@ -242,7 +245,7 @@ def sample(
     from pipeline import sample as job
 
     flags = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing,
-             "variance": variance, "batch": batch, "guidance": guidance}  # fmt: skip
+             "variance": variance, "batch": batch, "compile": compile, "guidance": guidance}  # fmt: skip
     result = job.from_flags(
         source, {key: value for key, value in flags.items() if value is not None}, seeds=seeds, out=out, format=format,
         shard_samples=shard_samples, label=label, grid=grid, video=video, ema=ema, precision=precision,

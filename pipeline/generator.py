@@ -64,7 +64,7 @@ class Generator:
     def __init__(
         self,
         config: Config,
-        network: nn.Module,
+        network: UNet,
         schedule: Schedule,
         device: torch.device,
         *,
@@ -75,14 +75,20 @@ class Generator:
         self.config, self.ema, self._clip = config, ema, clip
         names = class_names or [str(number) for number in range(config.model.num_classes)]
         self.class_names = tuple(names) if config.model.num_classes else None
-        self._networks = {"fp32": network.eval()}
+        self._networks = {("fp32", False): network.eval()}
         self._schedule, self.device = schedule, device
 
-    def network(self, precision: str) -> nn.Module:
-        """What is called, under `autocast`, for pictures in this precision; may be compiled in place."""
-        if precision not in self._networks:
-            self._networks[precision] = _cast_ahead(self._networks["fp32"])
-        return self._networks[precision]
+    def network(self, precision: str, *, compiled: bool = False) -> UNet:
+        """What is called, under `autocast`, for pictures in this precision: the network given, or a copy of it."""
+        kind = precision, compiled
+        if kind not in self._networks:
+            network = copy.deepcopy(self._networks["fp32", False])
+            if precision == "bf16":
+                _cast_ahead(network)
+            if compiled:
+                network.compile_blocks()
+            self._networks[kind] = network
+        return self._networks[kind]
 
     def labels(self, seeds: Iterable[int], manner: Manner) -> dict[int, int]:
         """Seed → class; empty for a model without classes."""
@@ -150,7 +156,7 @@ class Generator:
         )  # fmt: skip
 
     def _denoiser(self, labels: Tensor | None, manner: Manner, go_on: Callable[[], None]) -> Denoise:
-        network = self.network(manner.precision)
+        network = self.network(manner.precision, compiled=manner.settings.compile)
 
         def call(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
             go_on()
@@ -172,13 +178,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _cast_ahead(network: nn.Module) -> nn.Module:
-    """The same network with the weights in bf16 that autocast would round at each call, to the same bits."""
-    network = copy.deepcopy(network)
+def _cast_ahead(network: nn.Module) -> None:
+    """Round to bf16 the weights that autocast would round at each call, to the same bits."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.GroupNorm | nn.Linear) and not isinstance(module, Float32Linear):
             module.to(torch.bfloat16)
-    return network
 
 
 def load(source: str, device: torch.device, *, ema: bool = True) -> tuple[Generator, str]:

@@ -249,7 +249,7 @@ def _provenance(generator: Generator, identity: str, manner: Manner, request: Re
         "size": list(manner.size or generator.config.data.height_width),
         "format": request.format,
         "shard_samples": request.shard_samples,
-    }
+    } | ({"compile": True} if settings.compile else {})  # older sets say nothing of it, and may go on
 
 
 def _in_turn(shards: list[int], rank: int, world_size: int) -> list[int]:

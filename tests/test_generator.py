@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.utils import counters
 
 from pipeline import configfile, generator
 from pipeline.config import SampleSection
 from pipeline.errors import ConfigError, DataError, NoCheckpoint
 from pipeline.generator import Manner
+from pipeline.model.blocks import Attention, ResidualBlock
 from tests.launch import TINY, ddpm
 
 CPU = torch.device("cpu")
@@ -182,6 +187,33 @@ def test_weights_rounded_ahead_give_the_bits_of_autocast(theirs: Path) -> None:
     x = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), generator.autocast(CPU, "bf16"):
         assert torch.equal(plain(x, t), ahead(x, t))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_network_draws_nearly_the_same_and_leaves_the_other_as_it_is(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Without the code generator, which takes most of a minute here; what is traced and cut is the same."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    drawing, _ = generator.load(str(tiny_run), CPU)
+    plain = Manner(SampleSection(sampler="ddim", steps=3, batch=4, guidance=2.0), precision)
+    compiled = replace(plain, settings=plain.settings.model_copy(update={"compile": True}))
+
+    def drawn(manner: Manner) -> np.ndarray:
+        return np.stack([picture for _, picture in drawing.pictures(range(6), manner)]).astype(int)
+
+    expected = drawn(plain)
+    assert not counters["stats"]
+    assert np.abs(drawn(compiled) - expected).max() <= 2
+    kinds = counters["stats"]["unique_graphs"]
+    assert 0 < kinds < sum(isinstance(m, ResidualBlock | Attention) for m in drawing.network("fp32").modules())
+    assert not counters["graph_break"]
+    assert (drawn(plain) == expected).all()
+    assert not any(module._compiled_call_impl for module in drawing.network(precision).modules())
+    drawn(compiled)
+    assert counters["stats"]["unique_graphs"] == kinds
 
 
 def test_an_empty_run_has_no_checkpoint(tmp_path: Path) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from typer.testing import CliRunner
 
 from pipeline import sample as job
+from pipeline.cli import app
 from pipeline.config import Config, DataSection, DiffusionSection, ModelSection, SampleSection, TrainSection
 from pipeline.data.shardset import ShardSet
 from pipeline.diffusion.schedule import make_schedule
@@ -211,6 +215,32 @@ def test_samples_of_another_checkpoint_are_not_mixed_in(draw: Callable[..., dict
         draw("0-9", out=tmp_path / "set", identity="cd" * 32)
     assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
     assert json.loads(before["index.json"])["source"] == f"checkpoint {'ab' * 32}"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_set_is_drawn_wholly_compiled_or_wholly_not(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    draw("0-3", out=tmp_path / "set", compile=compiled)
+    difference = "compile: True there, None now" if compiled else "compile: None there, True now"
+    with pytest.raises(ConfigError, match=f"holds samples drawn differently .{difference}"):
+        draw("0-9", out=tmp_path / "set", compile=not compiled)
+    assert draw("0-9", out=tmp_path / "set", compile=compiled)["complete"]
+    assert ("compile" in ShardSet.open(str(tmp_path / "set")).settings) == compiled  # nothing changes for older sets
+    assert verify(str(tmp_path / "set"), quiet=True) == []
+
+
+def test_each_key_of_the_section_is_a_flag_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = SampleSection(
+        sampler="heun", steps=3, eta=0.5, spacing="trailing", variance="fixed_small", guidance=2, batch=7, compile=True
+    ).model_dump()
+    flags = [f"--{key}" if value is True else f"--{key}={value}" for key, value in keys.items()]
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(job, "from_flags", lambda source, settings, **_: asked.update(settings))
+    result = CliRunner().invoke(app, ["sample", "RUN", "--seeds", "0", *flags])
+    assert result.exit_code == 0, result.output
+    assert asked == keys
 
 
 def test_a_variance_that_was_learned_cannot_be_chosen(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -193,10 +193,10 @@ class SampleSet:
         return record if whole else None
 
     def _compare(self, record: dict[str, Any]) -> None:
-        theirs = record["provenance"]
-        different = [key for key, value in self.provenance.items() if theirs.get(key) != value]
+        theirs, ours = record["provenance"], self.provenance
+        different = [key for key in ours | theirs if theirs.get(key) != ours.get(key)]
         if different:
-            diff = "; ".join(f"{key}: {theirs.get(key)} there, {self.provenance[key]} now" for key in different)
+            diff = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in different)
             raise ConfigError(f"{self.url} holds samples drawn differently ({diff}): choose another --out")
 
 

@@ -103,6 +103,6 @@ def test_a_run_is_made_in_it_by_somebody(buildah: Buildah, container: str, digit
 
 
 def test_networks_can_be_compiled_in_it(buildah: Buildah, container: str) -> None:
-    """train.compile needs a compiler, headers, and a cache that this user may write to."""
+    """torch.compile needs a compiler, headers, and a cache that this user may write to."""
     code = "import torch; print(torch.compile(lambda x: (x.sin() + 1).sum())(torch.zeros(8)).item())"
     assert buildah.run(container, "python", "-c", code, uid=SOMEBODY) == "8.0"
