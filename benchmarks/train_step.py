@@ -4,12 +4,11 @@
 
 A step is forward and backward pass, clipping, optimizer and moving average. Ours is the Trainer's, with the paper's
 32-px network of configs/cifar10.yaml; it also turns uint8 into floats and draws noise that is keyed by sample. The
-step of diffusers is that of its unconditional example, with the same network and weights: AdamW, EMAModel, mixed
-precision as accelerate enters it, pictures that are floats already. The other two have their own networks and Adam:
-denoising-diffusion-pytorch (here by its author's name, lucidrains) 35.7 M parameters but 3.7 GFLOP forward a picture,
-the article 34.8 M, 8.5 GFLOP and no moving average, against 12.4 GFLOP of ours; so these tell what the packages take,
-not how well they compute. All are compiled with --compile. As shipped, diffusers is float32, not compiled; on a GPU
-torch then rounds convolutions to TF32, which for the others is off.
+step of diffusers is that of its unconditional example, with the same network: AdamW, EMAModel, mixed precision as
+accelerate enters it, pictures that are floats already. The other two have Adam and networks of their own, as large but
+with fewer operations, so compare how many of them they do in a second: denoising-diffusion-pytorch (here by its
+author's name, lucidrains), and the article's, which has no moving average. All are compiled with --compile. As shipped,
+diffusers is float32, not compiled; on a GPU torch then rounds convolutions to TF32, which for the others is off.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from article import ArticleNet
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from turns import Turns
@@ -37,6 +37,7 @@ from pipeline.config import Config
 from pipeline.data.batches import Batch
 from pipeline.generator import autocast
 from pipeline.model import interchange
+from pipeline.run.flops import flops_of
 from pipeline.run.world import World
 from pipeline.trainer import Position, Trainer
 
@@ -163,12 +164,12 @@ def of_the_article(config: Config) -> Step:
 
 def of_lucidrains(config: Config) -> Step:
     """The loop of denoising-diffusion-pytorch's Trainer, with the settings of its README."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # noqa: PLC0415  needs torchvision
+    from denoising_diffusion_pytorch import GaussianDiffusion  # noqa: PLC0415  needs torchvision
     from ema_pytorch import EMA  # noqa: PLC0415
 
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
     device = alone().device
-    diffusion = GaussianDiffusion(Unet(dim=64, dim_mults=(1, 2, 4, 8)), image_size=32, timesteps=1000).to(device)
+    diffusion = GaussianDiffusion(lucidrains_net(), image_size=32, timesteps=1000).to(device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10)
     loaded, loss_of = loaded_floats(config) / 2 + 0.5, torch.compile(diffusion) if config.train.compile else diffusion
@@ -183,6 +184,20 @@ def of_lucidrains(config: Config) -> Step:
         ema.update()
 
     return step
+
+
+def lucidrains_net() -> nn.Module:
+    from denoising_diffusion_pytorch import Unet  # noqa: PLC0415  needs torchvision
+
+    net: nn.Module = Unet(dim=64, dim_mults=(1, 2, 4, 8))
+    return net
+
+
+def forward_gflop(make: Callable[[], nn.Module]) -> float:
+    """Of one picture of 32 px."""
+    with FakeTensorMode():
+        network, x, t = make(), torch.empty(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64)
+        return flops_of(lambda: network(x, t)) / 1e9
 
 
 def makers(batch: int, *, compiled: bool) -> dict[str, Maker]:
@@ -241,12 +256,15 @@ def main() -> None:
         steps = {name: maker for name, maker in steps.items() if name.startswith(tuple(options.only))}
     turns.take_apart(steps, rounds)
     default = SHIPPED if SHIPPED in steps else "diffusers, fp32"
-    print(f"{'':24}{'ms':>9}{'images/s':>10}{'x diffusers':>13}{'x as shipped':>14}")
+    own = {"article": ArticleNet, "lucidrains": lucidrains_net}
+    same_net = partial(same_in_diffusers, config_of("cifar10.yaml", batch, "fp32"))
+    print(f"{'':24}{'ms':>9}{'images/s':>10}{'GFLOP/s':>10}{'x diffusers':>13}{'x as shipped':>14}")
     for name in steps:
         seconds, peer = turns.median(name), f"diffusers, {name[-4:]}"
         same = f"{turns.faster(name, peer):.2f}" if peer in steps else ""
         against = f"{turns.faster(name, default):.2f}" if default in steps else ""
-        print(f"{name:24}{seconds * 1e3:9.1f}{batch / seconds:10.2f}{same:>13}{against:>14}")
+        rate = 3 * forward_gflop(own.get(name.partition(",")[0], same_net)) * batch / seconds
+        print(f"{name:24}{seconds * 1e3:9.1f}{batch / seconds:10.2f}{rate:10.0f}{same:>13}{against:>14}")
     if not any(name.startswith("lucidrains") for name in steps):
         print("denoising-diffusion-pytorch: left out, it is not here with the torchvision that it needs")
     how = "compiled" if options.compile else "not compiled"
