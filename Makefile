@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 BENCHMARKS := "shard_throughput.py --rounds 3" "loader_throughput.py --rounds 2" "checkpoint_stall.py --saves 3" \
-  "train_step.py --threads 1" "sampling.py --threads 1" "ddp_scaling.py --rounds 4" "cost.py --threads 1" memory.py
+  "train_step.py --threads 1" "sampling.py --threads 1" "roofline.py --threads 1" "ddp_scaling.py --rounds 4" "cost.py --threads 1" memory.py
 
 .PHONY: demo test soak lint schema quality bench clean
 

@@ -241,7 +241,7 @@ def where_the_time_goes(steps: dict[str, Step], device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=0, help="default: 128 on a GPU, 16 on a CPU")
-    parser.add_argument("--rounds", type=int, default=0, help="default: 20 on a GPU, 4 on a CPU")
+    parser.add_argument("--rounds", type=int, default=0, help="default: 20 on a GPU, 6 on a CPU")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; default: all cores")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true", help="also: where the time of a step goes")
@@ -249,7 +249,7 @@ def main() -> None:
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    batch, rounds = options.batch or (128 if cuda else 16), options.rounds or (20 if cuda else 4)
+    batch, rounds = options.batch or (128 if cuda else 16), options.rounds or (20 if cuda else 6)
     turns = Turns(device, options.threads)
     steps = makers(batch, compiled=options.compile)
     if options.only:

@@ -27,7 +27,7 @@ from pipeline.diffusion import samplers
 from pipeline.diffusion.schedule import Denoise, Schedule, make_schedule
 from pipeline.errors import ConfigError, DataError
 from pipeline.model import interchange
-from pipeline.model.blocks import Float32Linear
+from pipeline.model.blocks import Float32Linear, Upsample
 from pipeline.model.unet import UNet
 from pipeline.noise import Use
 from pipeline.run import checkpoint as checkpoints
@@ -180,8 +180,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def _cast_ahead(network: nn.Module) -> None:
     """Round to bf16 the weights that autocast would round at each call, to the same bits."""
+    kept: list[nn.Module] = [module for module in network.modules() if isinstance(module, Float32Linear)]
+    kept += [module.conv for module in network.modules() if isinstance(module, Upsample)]  # may be summed before
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.GroupNorm | nn.Linear) and not isinstance(module, Float32Linear):
+        if isinstance(module, nn.Conv2d | nn.GroupNorm | nn.Linear) and module not in kept:
             module.to(torch.bfloat16)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.model import kernels
+from pipeline.model.lean import LeanConv2d
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -49,6 +50,19 @@ def test_group_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(8, 8), (16, 4), (2, 3)])
+def test_a_convolution_of_doubled_pixels(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    x = noise(2, 5, *size, dtype=dtype).detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    conv = LeanConv2d(5, 7, 3, padding=1).to(dtype)
+    same(
+        lambda: kernels.convolve_doubled(x, conv),
+        lambda: F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), conv.weight, conv.bias, padding=1),
+        x, conv.weight, conv.bias,
+    )  # fmt: skip
+    assert kernels.convolve_doubled(x, conv).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_over_the_channels(dtype: torch.dtype) -> None:
     x, layer = pictures(dtype), nn.Linear(8, 12).to(dtype)
     same(
@@ -70,13 +84,15 @@ def test_attention(dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["group_norm", "project", "attend"])
+@pytest.mark.parametrize("name", ["group_norm", "convolve_doubled", "project", "attend"])
 def test_other_devices_take_another_form_with_the_same_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, layer = pictures(torch.float32), nn.Linear(8, 12)
+    x, layer, conv = pictures(torch.float32), nn.Linear(8, 12), LeanConv2d(8, 8, 3, padding=1)
+    wide = x.repeat(1, 1, 2, 2)
     q = noise(2, 3, 24, 16, dtype=torch.float32)
     weight, bias = torch.ones(8), torch.zeros(8)
     call: Callable[[], Tensor] = {
         "group_norm": lambda: kernels.group_norm(x, 4, weight, bias, 1e-6),
+        "convolve_doubled": lambda: kernels.convolve_doubled(wide, conv),
         "project": lambda: kernels.project(x, layer),
         "attend": lambda: kernels.attend(q, q, q),
     }[name]

@@ -6,11 +6,16 @@ those of the paper's 32-px network on one core of an AMD EPYC with AVX-512 (docs
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's name
 from torch import Tensor, nn
 
+from pipeline.model.lean import LeanConv2d
+
 _MOST_TOKENS = 1024  # beyond it, the scores of all pairs of tokens take too much memory
+_LEAST_DOUBLED = 64  # pixels; below it, summing weights takes longer than the products it saves
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -23,6 +28,16 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     # Channels-last, the 16-bit kernel of a CPU takes four times as long as the other.
     dtype = _at_least_float32(x.dtype) if on_cpu(x) else x.dtype
     return F.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+
+
+def convolve_doubled(x: Tensor, conv: LeanConv2d) -> Tensor:
+    """Every pixel twice in each direction, then a 3x3 convolution: (B, C, H, W) → (B, C', 2H, 2W)."""
+    if not on_cpu(x) or x.shape[2] * x.shape[3] < _LEAST_DOUBLED:
+        return conv(x, prepare=lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
+    # Of the nine pixels under a kernel four differ at most, so sums of weights do with 4/9 of the products.
+    weight = conv.weight.flip(2, 3).transpose(0, 1)
+    weights = sum(F.pad(weight, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
+    return F.conv_transpose2d(x, cast(Tensor, weights), conv.bias, stride=2, padding=1)
 
 
 def project(x: Tensor, layer: nn.Linear) -> Tensor:
