@@ -61,8 +61,9 @@ KINDS = {
 
 
 def config_of(name: str, batch: int, precision: str, *, compiled: bool = False, **train: str) -> Config:
-    """One of the configurations, for steps of one micro-batch that keeps all activations."""
-    train |= {"global_batch": str(batch), "micro_batch": "auto", "precision": precision, "checkpointing": "none"}
+    """One of the configurations, for steps of one micro-batch; all activations are kept, if nothing else is said."""
+    train = {"checkpointing": "none"} | train
+    train |= {"global_batch": str(batch), "micro_batch": "auto", "precision": precision}
     settings = [f"train.{key}={value}" for key, value in (train | {"compile": str(compiled).lower()}).items()]
     return configfile.load(str(CONFIGS / name), tuple(settings), lambda file: Path(file).read_text())
 
@@ -112,6 +113,8 @@ def of_diffusers(config: Config, *, as_torch_ships: bool = False) -> Step:
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = as_torch_ships, not as_torch_ships
     device, precision = alone().device, config.train.precision
     model = same_in_diffusers(config).to(device).train()
+    if config.train.checkpointing != "none":
+        model.enable_gradient_checkpointing()
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4,
                    model_cls=UNet2DModel, model_config=model.config)  # fmt: skip
     ema.to(device)
