@@ -58,14 +58,19 @@ class Operation(NamedTuple):
 class Watch(TorchDispatchMode):
     """Sees each operation of some work.
 
+    Args:
+        device: where it is done.
+        batch: pictures in it.
+
     Attributes:
         operations: in order.
         seconds: by group.
         shortest: seconds of a call that does next to nothing, so that they are those of watching.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, batch: int) -> None:
         super().__init__()
+        self._batch = batch
         alone = device.type == "cpu" and torch.get_num_threads() == 1
         self._clock = time.process_time if alone else time.perf_counter  # as Turns
         self.operations: list[Operation] = []
@@ -76,7 +81,7 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        group = group_of(func, args)
+        group = group_of(func, args, self._batch)
         with record_function(group):
             started = self._clock()
             result = func(*args, **kwargs)
@@ -89,17 +94,17 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def group_of(func: Any, args: tuple[Any, ...]) -> str:
+def group_of(func: Any, args: tuple[Any, ...], batch: int) -> str:
     name = func.overloadpacket.__name__
     backward = ", backward" if name.endswith("backward") else ""
     if name.startswith("convolution"):
-        x, weight = args[1:3] if backward else args[:2]
+        x, weight, stride, transposed = (args[i + bool(backward)] for i in (0, 1, 3, 6))
         if weight.shape[2:] == (1, 1):
             return "1x1 convolutions, projections"
-        stride = args[4] if backward else args[3]
-        return f"3x3 convolutions, {x.shape[3] // stride[0]} px{backward}"
+        pixels = x.shape[3] * stride[0] if transposed else x.shape[3] // stride[0]
+        return f"convolutions, {pixels} px{backward}"
     group = next((group for group, parts in GROUPS.items() if any(part in name for part in parts)), REST)
-    features = any(x.dim() == 4 and x.shape[3] > 3 for x in tensors(args))
+    features = any(x.dim() == 4 and len(x) == batch and x.shape[3] > 3 for x in tensors(args))
     if group == POINTWISE and not (features or "rand" in name):
         return REST
     if group == "casts, copies":
@@ -126,9 +131,9 @@ def tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def watched(step: Callable[[], object], device: torch.device) -> Watch:
+def watched(step: Callable[[], object], device: torch.device, batch: int) -> Watch:
     """A step, seen."""
-    watch = Watch(device)
+    watch = Watch(device, batch)
     if device.type != "cuda":
         with watch:
             step()
@@ -179,7 +184,7 @@ def main() -> None:
     step = ours_alone(config_of(options.config, batch, options.precision))
     most = extremes(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     watches: list[Watch] = []
-    works = {"step": step, "watched": lambda: watches.append(watched(step, device))}
+    works = {"step": step, "watched": lambda: watches.append(watched(step, device, batch))}
     turns.take(works | {name: work for name, (work, _) in most.items()}, options.rounds)
     best = {name: amount / min(turns.seconds[name]) for name, (_, amount) in most.items()}
     table(watches[1:], turns.median("step"), max(best["product"], best["convolution"]), max(best["copy"], best["sum"]))

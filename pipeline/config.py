@@ -172,8 +172,8 @@ class TrainSection(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Decay of the averaged weights after their warm-up."""
     ema_device: Literal["same", "cpu"] = "same"
-    """Where the averaged weights live: with those they follow, or in the host's memory, to save that of a GPU. There
-    the host moves them while the GPU computes the next gradient."""
+    """Where the averaged weights live: with those they follow, or in the host's memory (8 bytes a weight), to save that
+    of a GPU. There the host moves them while the GPU computes the next gradient; their last bits may differ."""
     init_from: str | None = None
     """Start a new run from the EMA weights of a run, a checkpoint or a diffusers directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -180,10 +180,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def _cast_ahead(network: nn.Module) -> None:
     """Round to bf16 the weights that autocast would round at each call, to the same bits."""
-    kept: list[nn.Module] = [module for module in network.modules() if isinstance(module, Float32Linear)]
-    kept += [module.conv for module in network.modules() if isinstance(module, Upsample)]  # may be summed before
+    wide: list[nn.Module] = [module for module in network.modules() if isinstance(module, Float32Linear)]
+    if next(network.parameters()).device.type == "cpu":  # whose forms of norms and of upsampling take float32
+        wide += [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+        wide += [module.conv for module in network.modules() if isinstance(module, Upsample)]
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.GroupNorm | nn.Linear) and module not in kept:
+        if isinstance(module, nn.Conv2d | nn.GroupNorm | nn.Linear) and module not in wide:
             module.to(torch.bfloat16)
 
 

@@ -82,7 +82,8 @@ class Trainer:
     """Network, its average, optimizer and schedule, equal on every rank.
 
     Attributes:
-        flops: of a step on one rank, forward and backward, without what is computed twice; once settled.
+        flops: of a step on one rank, forward and backward, in the form that its device computes, without what is
+            computed twice; once settled.
 
     Args:
         config: with all lengths in steps.

@@ -105,10 +105,10 @@ def test_attention_to_many_tokens_does_not_hold_the_scores_of_all_pairs(monkeypa
     taken: list[int] = []
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest: taken.append(q.shape[2]) or fused(q, *rest))
-    for tokens in (1024, 1025):
-        q = torch.zeros(1, 1, tokens, 4)
+    for heads, tokens in ((1, 1024), (1, 1025), (4, 256), (4, 257)):
+        q = torch.zeros(1, heads, tokens, 4, dtype=torch.bfloat16)
         kernels.attend(q, q, q)
-    assert taken == [1025]
+    assert taken == [1025, 257]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,6 +134,10 @@ def test_dropout_draws_each_place_by_itself_and_again_from_the_same_seed() -> No
     kept = (first != 0).double().flatten() - 0.5
     for distance in (1, 2, 3, 4, 8, 64, 4096):  # four places share a random number
         assert abs((kept[distance:] * kept[:-distance]).mean().item()) < 5 * 0.25 / x.numel() ** 0.5
+
+
+def test_dropout_of_nearly_all() -> None:
+    assert (kernels.dropout(torch.ones(2, 3, 64, 64), 1 - 1e-6) == 0).double().mean() > 0.999
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])

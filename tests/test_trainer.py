@@ -303,10 +303,11 @@ def test_an_average_on_the_host_takes_no_memory_of_the_gpu_and_is_the_same(batch
 
 
 @pytest.mark.parametrize("policy", ["none", "attention", "blocks", "full"])
-def test_checkpointing_does_not_change_a_bit(alone: World, batch: Batch, policy: str) -> None:
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_checkpointing_does_not_change_a_bit(alone: World, batch: Batch, policy: str, micro_batch: int) -> None:
+    settings = ("model.dropout=0.3", f"train.micro_batch={micro_batch}")
     plain, saving = (
-        trained(tiny("model.dropout=0.3", f"train.checkpointing={p}"), alone, batch)[0].tensors()
-        for p in ("none", policy)
+        trained(tiny(*settings, f"train.checkpointing={p}"), alone, batch)[0].tensors() for p in ("none", policy)
     )
     assert all(torch.equal(tensor, saving["model"][name]) for name, tensor in plain["model"].items())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ class Average(EMA):  # type: ignore[misc]
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         if self._on_host:
-            with torch.cuda.stream(self._stream), torch.no_grad():
+            # `stream(None)` would begin to use a GPU.
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext(), torch.no_grad():
                 for parameter, weights in zip(self.model.parameters(), self._weights, strict=True):
                     parameter.copy_(weights, non_blocking=True)
         if self._stream:

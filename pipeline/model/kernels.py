@@ -1,7 +1,7 @@
 """Operations of the network in the form that the device at hand computes fastest; the numbers mean the same.
 
-On a CPU, torch's own kernels for some of them are far from what the processor can do, mostly in 16 bits. Figures are
-those of the paper's 32-px network on one core of an AMD EPYC with AVX-512 (docs/performance.md).
+On a CPU, torch's own kernels for some of them are far from what the processor can do, mostly in 16 bits. What they gain
+was measured on one core of an AMD EPYC with AVX-512 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.model.lean import LeanConv2d
 
-_MOST_TOKENS = 1024  # beyond it, the scores of all pairs of tokens take too much memory
+_MOST_TOKENS = 1024  # of all heads; beyond it, holding the scores of all pairs takes more time and memory than it saves
 _LEAST_DOUBLED = 64  # pixels; below it, summing weights takes longer than the products it saves
 
 
@@ -50,9 +50,10 @@ def project(x: Tensor, layer: nn.Linear) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of (B, heads, N, D) over the N tokens, in the same shape."""
-    if on_cpu(q) and q.shape[2] <= _MOST_TOKENS:  # oneDNN's 16-bit products take a third of the fused kernel's time
+    # With one wide head, oneDNN's products take a third to two thirds of the time of the CPU's fused kernel.
+    if on_cpu(q) and q.element_size() == 2 and q.shape[1] * q.shape[2] <= _MOST_TOKENS:
         scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-        attended: Tensor = scores.softmax(-1, dtype=_at_least_float32(q.dtype)).to(v.dtype) @ v
+        attended: Tensor = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
         return attended
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -64,7 +65,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     # Four elements share a 64-bit number; torch draws one for each.
     drawn = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
     lot = drawn.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
-    kept = (lot >= round(p * 65536) - 32768).view(torch.uint8)  # whose way to bfloat16 is vectorised
+    kept = (lot >= min(round(p * 65536), 65535) - 32768).view(torch.uint8)  # whose way to bfloat16 is vectorised
     return x * (kept.to(x.dtype) / (1 - p))
 
 

@@ -60,7 +60,8 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*inputs)
-        return tuple(tensor.view_as(tensor) for tensor in inputs)
+        # `view_as` would change the strides of channels-last tensors of one picture, and with them what kernels do.
+        return tuple(torch.ops.aten.alias(tensor) for tensor in inputs)
 
     @staticmethod
     @once_differentiable
@@ -111,8 +112,8 @@ def _again(prepare: Callable[..., Tensor], inputs: list[Tensor], random_state: T
     now = generator.get_state()
     generator.set_state(random_state)
     with torch.enable_grad():
-        # Views, as the hooks of `torch.utils.flop_counter` do not stand leaves in here.
-        prepared = prepare(*(tensor.view_as(tensor) for tensor in inputs))
+        # Not themselves, as the hooks of `torch.utils.flop_counter` do not stand leaves in here.
+        prepared = prepare(*(torch.ops.aten.alias(tensor) for tensor in inputs))
     generator.set_state(now)
     return prepared
 
