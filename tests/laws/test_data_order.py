@@ -169,6 +169,12 @@ def test_forgotten_batches_leave_no_process(url: str) -> None:
     wait_until_gone(pids, seconds=10)
 
 
+def _is_opening(pid: int | None) -> bool:
+    """Whether some thread of a process waits within open(2)."""
+    calls = [Path(task, "wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return any("partner" in call for call in calls)
+
+
 def test_closing_does_not_wait_for_a_stuck_read(url: str, tmp_path: Path) -> None:
     for name in os.listdir(url):
         (tmp_path / name).write_bytes(Path(url, name).read_bytes())
@@ -178,7 +184,8 @@ def test_closing_does_not_wait_for_a_stuck_read(url: str, tmp_path: Path) -> Non
         os.mkfifo(tmp_path / record.name)  # opening it blocks: nobody will ever write
     order = Order(seed=1, shard_samples=shards.shard_samples, global_batch=12, lanes=4, window=8)
     batches = Batches(shards, order, rank=0, world_size=1, first_sample=0, workers=2, flip=False)
-    time.sleep(1)  # the workers are at work, and stuck
+    while not all(_is_opening(worker.pid) for worker in multiprocessing.active_children()):
+        time.sleep(0.1)
     started = time.monotonic()
     batches.close()
     assert 1 < time.monotonic() - started < 8
