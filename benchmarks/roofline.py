@@ -29,9 +29,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from train_step import config_of, ours_alone
 from turns import Turns
+
+from pipeline.footprint import FLOPS
 
 POINTWISE = "SiLU, sums, dropout, joints, resizing"
 REST = "noise, loss, embedding, views"
@@ -88,7 +89,7 @@ class Watch(TorchDispatchMode):
             spent = self._clock() - started
         self.seconds[group] += spent
         self.shortest = min(self.shortest, spent)
-        count = flop_registry.get(func.overloadpacket)
+        count = FLOPS.get(func.overloadpacket)
         flops = int(count(*args, **kwargs, out_val=result)) if count else 0
         self.operations.append(Operation(group, flops, bytes_of(func, args, kwargs, result)))
         return result

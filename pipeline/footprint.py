@@ -41,13 +41,14 @@ POLICIES: tuple[Checkpointing, ...] = ("none", "attention", "blocks", "full")
 
 _BATCHES = (2, 3)  # of one picture, strides are ambiguous
 _ATEN = torch.ops.aten
-_FLOPS: dict[Any, Callable[..., int]] = {
+FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _ATEN._scaled_dot_product_flash_attention_backward
     ],
 }
+"""Operation → how many floating-point operations it takes, from its arguments: torch's, and attention of a CPU."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._hold(tensor)
         if tensors:
             self.timeline.append(self.live + _turned_round(func, args))
-            if count := _FLOPS.get(func.overloadpacket):
+            if count := FLOPS.get(func.overloadpacket):
                 self.flops += int(count(*args, **(kwargs or {}), out_val=result))
         return result
 
