@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import diffusers
@@ -73,8 +73,12 @@ def pictures(config: Config, count: int) -> Tensor:
     return torch.randint(0, 256, (count, config.data.channels, *config.data.height_width), dtype=torch.uint8)
 
 
-def alone() -> World:
-    """One process, on a GPU if there is one."""
+def alone(*, as_torch_ships: bool = False) -> World:
+    """One process, on a GPU if there is one.
+
+    As torch ships, convolutions are in TF32 and cuDNN takes its first choice of an algorithm.
+    """
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = as_torch_ships, not as_torch_ships
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     return World(accelerator, 0, 1, accelerator.device)
 
@@ -106,12 +110,8 @@ def same_in_diffusers(config: Config) -> UNet2DModel:
 
 
 def of_diffusers(config: Config, *, as_torch_ships: bool = False) -> Step:
-    """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py.
-
-    As torch ships, convolutions are in TF32 and cuDNN takes its first choice of an algorithm.
-    """
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = as_torch_ships, not as_torch_ships
-    device, precision = alone().device, config.train.precision
+    """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py."""
+    device, precision = alone(as_torch_ships=as_torch_ships).device, config.train.precision
     model = same_in_diffusers(config).to(device).train()
     if config.train.checkpointing != "none":
         model.enable_gradient_checkpointing()
@@ -145,7 +145,6 @@ def loaded_floats(config: Config) -> Tensor:
 
 
 def of_the_article(config: Config) -> Step:
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
     device = alone().device
     model = ArticleNet().to(device)
     optimizer = torch.optim.Adam(model.parameters(), 2e-4)
@@ -170,7 +169,6 @@ def of_lucidrains(config: Config) -> Step:
     from denoising_diffusion_pytorch import GaussianDiffusion  # noqa: PLC0415  needs torchvision
     from ema_pytorch import EMA  # noqa: PLC0415
 
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
     device = alone().device
     diffusion = GaussianDiffusion(lucidrains_net(), image_size=32, timesteps=1000).to(device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
@@ -196,6 +194,7 @@ def lucidrains_net() -> nn.Module:
     return net
 
 
+@cache
 def forward_gflop(make: Callable[[], nn.Module]) -> float:
     """Of one picture of 32 px."""
     with FakeTensorMode():
