@@ -27,7 +27,6 @@ from pipeline.diffusion import samplers
 from pipeline.diffusion.schedule import Denoise, Schedule, make_schedule
 from pipeline.errors import ConfigError, DataError
 from pipeline.model import interchange
-from pipeline.model.blocks import Float32Linear, Upsample
 from pipeline.model.unet import UNet
 from pipeline.noise import Use
 from pipeline.run import checkpoint as checkpoints
@@ -84,7 +83,7 @@ class Generator:
         if kind not in self._networks:
             network = copy.deepcopy(self._networks["fp32", False])
             if precision == "bf16":
-                _cast_ahead(network)
+                network.round_ahead()
             if compiled:
                 network.compile_blocks()
             self._networks[kind] = network
@@ -176,17 +175,6 @@ def _to_pictures(x: Tensor) -> NDArray[np.uint8]:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context the network is called in: bf16 autocast, or none."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _cast_ahead(network: nn.Module) -> None:
-    """Round to bf16 the weights that autocast would round at each call, to the same bits."""
-    wide: list[nn.Module] = [module for module in network.modules() if isinstance(module, Float32Linear)]
-    if next(network.parameters()).device.type == "cpu":  # whose forms of norms and of upsampling take float32
-        wide += [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
-        wide += [module.conv for module in network.modules() if isinstance(module, Upsample)]
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.GroupNorm | nn.Linear) and module not in wide:
-            module.to(torch.bfloat16)
 
 
 def load(source: str, device: torch.device, *, ema: bool = True) -> tuple[Generator, str]:

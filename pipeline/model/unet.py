@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelSection
 from pipeline.errors import ConfigError
+from pipeline.model import kernels
 from pipeline.model.blocks import (
     Attention,
     Downsample,
@@ -153,6 +154,16 @@ class UNet(nn.Module):
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 2 * len(blocks))
         for block in blocks:
             block.compile(dynamic=False)
+
+    def round_ahead(self) -> None:
+        """Round to bf16 the weights that autocast would round at each call, to the same bits; not to be trained."""
+        wide: list[nn.Module] = [module for module in self.modules() if isinstance(module, Float32Linear)]
+        if kernels.on_cpu(next(self.parameters())):  # its forms of norms and of upsampling take float32
+            wide += [module for module in self.modules() if isinstance(module, nn.GroupNorm)]
+            wide += [module.conv for module in self.modules() if isinstance(module, Upsample)]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.GroupNorm | nn.Linear) and module not in wide:
+                module.to(torch.bfloat16)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The raw output for noisy pictures.
