@@ -2,19 +2,23 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 BENCHMARKS := "shard_throughput.py --rounds 3" "loader_throughput.py --rounds 2" "checkpoint_stall.py --saves 3" \
   "train_step.py --threads 1" "sampling.py --threads 1" "roofline.py --threads 1" "ddp_scaling.py --rounds 4" "cost.py --threads 1" memory.py
 
-.PHONY: demo test soak lint schema quality bench clean
+PARSERS := tar targz zip npy npz cifar parquet index record samples sidecar sample foreign manifest statistics image \
+  member places json
+
+.PHONY: demo test quick soak fuzz lint schema quality bench clean
 
 demo: samples/demo.png
 	@printf '%s\n' '' 'The demo is complete.' \
 	  '  grid of samples   samples/demo.png   (all 500: samples/demo)' \
 	  '  TensorBoard       $(BIN)/tensorboard --logdir runs/demo/tensorboard' \
 	  '  shard set         shards/digits      (its format: shards/README.md)' \
-	  'Your own pictures, on all GPUs of this machine:' \
-	  '  $(BIN)/ddpm shard PICTURES --out shards/mine --size 64 --labels none' \
+	  'Your own images, on all GPUs of this machine:' \
+	  '  $(BIN)/ddpm shard IMAGES --out shards/mine --size 64 --labels none' \
 	  '  $(BIN)/accelerate launch -m pipeline.train --config configs/64px.yaml data.shards=shards/mine run.dir=runs/mine' \
 	  '  $(BIN)/ddpm sample runs/mine --seeds 0-999 --out samples/mine --grid samples/mine.png'
 
@@ -27,10 +31,17 @@ shards/digits/index.json: | $(VENV)/ready
 	$(BIN)/ddpm shard shards/digits.zip --out shards/digits --size 8 --channels 1
 
 test: $(VENV)/ready  ## many tests wait more than they compute
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+	$(PYTEST)
+
+quick: $(VENV)/ready  ## under two minutes on 2 cores: no test file of tests/conftest.py's LONG, but one run from images to samples
+	$(PYTEST) --quick
 
 soak: $(VENV)/ready  ## 30 SIGKILLs over one run of 3 ranks; a quarter of an hour
 	DDPM_KILLS=30 $(BIN)/python -m pytest -s --timeout 3600 tests/laws/test_exact_resume.py -k killed_at_any_moment
+
+fuzz: $(VENV)/ready  ## a minute for each parser of foreign bytes; what it finds lands in tests/fuzz/corpus
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	for parser in $(PARSERS); do echo "== $$parser"; $(BIN)/python tests/fuzz/fuzz.py $$parser || exit 1; done
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
 
 class ArticleNet(nn.Module):
-    """Noisy picture and timestep → noise."""
+    """Noisy image and timestep → noise."""
 
     def __init__(self) -> None:
         super().__init__()

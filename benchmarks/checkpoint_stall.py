@@ -19,13 +19,19 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
+from pipeline.checkpoints.async_save import Saver
+from pipeline.cluster.world import World
 from pipeline.config import Config
-from pipeline.data.batches import Batch
-from pipeline.run.saver import Saver
-from pipeline.run.world import World
-from pipeline.trainer import Position, Trainer
+from pipeline.data.loading.batches import Batch
+from pipeline.training.trainer import Trainer
 
 STEPS_BETWEEN = 3
+
+
+def _save(trainer: Trainer, saver: Saver) -> None:
+    """What the job `train` does at a save."""
+    assert trainer.is_sound()
+    saver.save(trainer.state.step, trainer.tensors(), {})
 
 
 def main() -> None:
@@ -40,23 +46,22 @@ def main() -> None:
     for module in (trainer.model, trainer.ema.ema_model):
         accelerator.prepare_model(module)
     accelerator.prepare_optimizer(trainer.optimizer)
-    position = Position(lanes=1)
-    trainer.settle(position)
-    step = partial(_step, trainer, position, batch)
+    trainer.choose_micro_batch()
+    step = partial(_step, trainer, batch)
     times: dict[str, list[float]] = {"step": [], "our save": [], "step while it is written": [], "save_state": []}
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stall-"))
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="stall-"))
         saver = stack.enter_context(
-            Saver(f"{folder}/run", keep_last=2, keep_every=0, generation=1, may_write=lambda: None,
-                  afterwards=lambda: None, say=print, patience_s=600)
+            Saver(f"{directory}/run", keep_last=2, keep_every=0, generation=1, check_lease=lambda: None,
+                  on_saved=lambda: None, warn=print, patience_s=600)
         )  # fmt: skip
         step()
         for _ in range(options.saves):
             times["step"] += [_timed(step, device) for _ in range(STEPS_BETWEEN)]
-            times["our save"].append(_timed(lambda: saver.save(position.step, trainer.tensors(), {}), device))
+            times["our save"].append(_timed(partial(_save, trainer, saver), device))
             times["step while it is written"].append(_timed(step, device))
-            saver.ended(wait_for_it=True)
-            times["save_state"].append(_timed(lambda: accelerator.save_state(f"{folder}/peer"), device))
+            saver.collect_result(wait=True)
+            times["save_state"].append(_timed(lambda: accelerator.save_state(f"{directory}/peer"), device))
     medians = {name: statistics.median(values[1:] or values) for name, values in times.items()}
     for name, seconds in medians.items():
         print(f"{name:28} {seconds * 1e3:9.1f} ms {seconds / medians['step']:8.2f} steps")
@@ -73,12 +78,10 @@ def _config(batch: int) -> Config:
     })  # fmt: skip
 
 
-def _step(trainer: Trainer, position: Position, batch: int) -> None:
+def _step(trainer: Trainer, batch: int) -> None:
     images = torch.zeros(batch, 3, 32, 32, dtype=torch.uint8)
-    pictures = Batch(images, torch.full((batch,), -1), torch.arange(batch) + position.samples)
-    gradient = trainer.gradient(pictures, position)
-    trainer.update(position, trainer.world.agree_soon(~gradient.finite, 0, 0))
-    trainer.conclude(position)
+    images = Batch(images, torch.full((batch,), -1), torch.arange(batch) + trainer.state.samples)
+    trainer.finish_step(trainer.gradient(images))
 
 
 def _timed(action: Callable[[], object], device: torch.device) -> float:

@@ -4,7 +4,7 @@
                               [--rounds N] [--threads N]
 
 For each configuration, in bf16: operations of the forward pass, bytes that it keeps for the backward pass with nothing
-and with blocks computed twice (both counted for one more picture, on fake tensors), and the time of whole training
+and with blocks computed twice (both counted for one more image, on fake tensors), and the time of whole training
 steps, with their use of the machine: model FLOPs, without what is computed twice, of the peak measured in the same run.
 diffusers has the same network in the step of its unconditional example, without and with its gradient checkpointing.
 """
@@ -23,11 +23,11 @@ from train_step import config_of, of_diffusers, ours_alone, same_in_diffusers
 from turns import Turns
 
 from pipeline.config import Config
-from pipeline.footprint import Ledger, trace
+from pipeline.training.memory_estimate import StorageTracker, trace
 
 
 def kept_by_diffusers(config: Config, *, checkpointing: bool) -> int:
-    """Bytes that a forward pass of one more picture leaves to the backward pass."""
+    """Bytes that a forward pass of one more image leaves to the backward pass."""
     kept = []
     with FakeTensorMode():
         model = same_in_diffusers(config)
@@ -35,7 +35,7 @@ def kept_by_diffusers(config: Config, *, checkpointing: bool) -> int:
             model.enable_gradient_checkpointing()
         for batch in (2, 3):
             x, t = torch.empty(batch, config.data.channels, *config.data.height_width), torch.zeros(batch)
-            with Ledger([*model.parameters(), x, t]) as ledger, torch.autocast("cpu", torch.bfloat16):
+            with StorageTracker([*model.parameters(), x, t]) as ledger, torch.autocast("cpu", torch.bfloat16):
                 before = ledger.live
                 output = model(x, t.long()).sample
             kept.append(ledger.live - before)
@@ -55,7 +55,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     batches, rounds = options.batches or ([32, 128] if cuda else [1, 4]), options.rounds or (10 if cuda else 2)
-    print("one picture:")
+    print("one image:")
     print(f"{'':14}{'':8}{'':>12}{'forward':>10}{'MiB kept,':>12}{'blocks':>9}{'diffusers':>11}{'check-':>9}")
     print(f"{'':14}{'px':>8}{'parameters':>12}{'GFLOP':>10}{'none twice':>12}{'twice':>9}{'keeps':>11}{'pointed':>9}")
     gigaflops = {}

@@ -2,7 +2,7 @@
 
     python benchmarks/ddp_scaling.py [--batch N] [--rounds N] [--processes 1 2]
 
-Every rank takes as many pictures at any number of processes, so with perfect scaling a step takes as long. Ours is the
+Every rank takes as many images at any number of processes, so with perfect scaling a step takes as long. Ours is the
 Trainer's step with the paper's 32-px network in bf16, its gradients sent in float32 and in bf16 (whose sums some
 networks need); the peer trains the same network by `accelerator.prepare` and `accelerator.backward`, with AdamW and no
 moving average. Ranks talk by NCCL on GPUs; on a CPU by gloo, each rank with one thread on a core of its own.
@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the field's name
 from accelerate import Accelerator
 from torch import Tensor
-from train_step import Step, config_of, ours, pictures
-from turns import Turns
+from train_step import Step, config_of, ours, random_images
+from turns import Turns, autocast
 
+from pipeline.cluster.world import World, init_distributed
 from pipeline.config import Config
-from pipeline.generator import autocast
 from pipeline.model.unet import UNet
-from pipeline.run.world import World, enter
 
 
 def of_accelerate(config: Config, images: Tensor, world: World) -> Step:
@@ -52,21 +51,21 @@ def of_accelerate(config: Config, images: Tensor, world: World) -> Step:
 
 def work(batch: int, rounds: int, answer: Path) -> None:
     """What each rank does; the first one writes the seconds of each step."""
-    world = enter("auto", 600)
+    world = init_distributed("auto", 600)
     if world.device.type == "cpu":
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[world.rank % len(cores)]})
     turns = Turns(world.device, 1, waits=True)
     config = config_of("cifar10.yaml", batch * world.size, "bf16")
     compressing = config_of("cifar10.yaml", batch * world.size, "bf16", gradient_compression="bf16")
-    images = pictures(config, batch)
+    images = random_images(config, batch)
     steps = {"ours": ours(config, images, world), "accelerate": of_accelerate(config, images, world)}
     if world.size > 1:
         steps["ours, bf16 gradients"] = ours(compressing, images, world)
     turns.take(steps, rounds)
     if world.is_main:
         answer.write_text(json.dumps({"seconds": turns.seconds, "where": turns.where()}))
-    world.leave()
+    world.shutdown()
 
 
 def measured(processes: int, batch: int, rounds: int) -> tuple[Turns, str]:
@@ -74,8 +73,8 @@ def measured(processes: int, batch: int, rounds: int) -> tuple[Turns, str]:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     launcher += ["--multi_gpu"] * (processes > 1)  # the way to several ranks also without any GPU
-    with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
-        answer = Path(folder, "answer.json")
+    with tempfile.TemporaryDirectory(prefix="scaling-") as directory:
+        answer = Path(directory, "answer.json")
         command = [*launcher, __file__, "--batch", str(batch), "--rounds", str(rounds), "--answer", str(answer)]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         told = json.loads(answer.read_text())
@@ -104,7 +103,7 @@ def main() -> None:
             first = alone.setdefault(name.partition(",")[0], seconds)
             speed = f"{seconds * 1e3:9.1f}{batch * processes / seconds:10.2f}{first / seconds:12.0%}"
             print(f"{name:24}{processes:10}{speed}{turns.faster(name, 'accelerate'):14.2f}")
-    print(f"{where}, {batch} pictures a rank, bf16; medians of {options.rounds} rounds")
+    print(f"{where}, {batch} images a rank, bf16; medians of {options.rounds} rounds")
 
 
 if __name__ == "__main__":

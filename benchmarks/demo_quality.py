@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 
-from pipeline import sample
-from pipeline.data.batches import read_all
-from pipeline.data.shardset import ShardSet
+from pipeline.data.loading.batches import read_all
+from pipeline.data.shards.shard_set import ShardSet
+from pipeline.sample import sample
+from pipeline.sampling.options import SamplingRequest
 
 SAMPLES = 500
 REACH = 0.98
 
 
 def read(url: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Pictures of a shard or sample set as rows of 64 numbers in 0..16, and their classes."""
+    """Images of a shard or sample set as rows of 64 numbers in 0..16, and their classes."""
     batch = read_all(ShardSet.open(url))
     return batch.images.flatten(1).numpy() / 255 * 16, batch.labels.numpy()
 
@@ -37,9 +37,8 @@ def main(run: str = "runs/demo", shards: str = "shards/digits") -> int:
     judge = SVC(gamma=0.001, C=10)
     on_real = cross_val_score(judge, real, digits, cv=10).mean()
     judge.fit(real, digits)
-    flags: dict[str, Any] = dict.fromkeys(("shard_samples", "precision", "label", "size"))
     with tempfile.TemporaryDirectory() as out:
-        result = sample.from_flags(run, {}, seeds=f"0-{SAMPLES - 1}", out=out, ema=True, quiet=True, **flags)
+        result = sample(SamplingRequest(run, (range(SAMPLES),), out=out), quiet=True)
         drawn, asked = read(out)
     right = judge.predict(drawn) == asked
     nearest = np.sqrt(((drawn[:, None] - real[None]) ** 2).sum(-1)).min(1)

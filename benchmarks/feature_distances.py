@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from pipeline.score import features
-from pipeline.score.features import Extractor
-from pipeline.score.moments import Moments, frechet_distance
+from pipeline.evaluation import features
+from pipeline.evaluation.features import Extractor
+from pipeline.evaluation.moments import Moments, frechet_distance
 
 COUNT, BATCH = 10_000, 250
 

@@ -6,7 +6,7 @@ Everybody gives uint8 batches of 128 of the same PNG files, half of them flipped
 processes, all processes of a loader pinned to as many cores as it has workers (one if it has none). They go in turn,
 round after round; figures are medians. Bare decoding is a loop over files held in memory, on one core: by Pillow as
 anybody would, and by `images.decode`, which is faster. Without --shards two sets, of 32 and 64 px, are made of
-scikit-learn's two photographs: 10,000 pictures, each tar under ten names, so that what is measured is the middle of an
+scikit-learn's two photographs: 10,000 images, each tar under ten names, so that what is measured is the middle of an
 epoch.
 
 Then each tar has a hundred names, a million samples: how long until the first batch after a resume in the middle of an
@@ -39,10 +39,10 @@ from PIL import __version__ as pillow
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.batches import Batches
-from pipeline.data.images import decode, encode
-from pipeline.data.order import Order
-from pipeline.data.shardset import Sample, ShardSet, key, pack, write_index, write_shard
+from pipeline.data.images.preprocess import decode, encode
+from pipeline.data.loading.batches import Batches
+from pipeline.data.loading.order import Order
+from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, write_index, write_shard
 
 BATCH, LANES, WINDOW = 128, 64, 256
 WARM, MEASURED = 12, 40
@@ -109,8 +109,8 @@ def _webdataset(shards: ShardSet, loose: Path, workers: int, shuffled: bool = Tr
 
 
 class _Files(Dataset):
-    def __init__(self, folder: Path) -> None:
-        self._paths = sorted(folder.iterdir())
+    def __init__(self, directory: Path) -> None:
+        self._paths = sorted(directory.iterdir())
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -164,7 +164,7 @@ def bare(decoder: Callable[[bytes], np.ndarray], files: list[bytes]) -> float:
 BARE = {"Pillow": _by_pillow, "us": partial(decode, channels=3)}
 
 
-def _pictures(shards: ShardSet) -> Iterator[tuple[str, bytes]]:
+def _images(shards: ShardSet) -> Iterator[tuple[str, bytes]]:
     for i in range(len(shards.shards)):
         with tarfile.open(shards.tar(i)) as tar:
             for member in tar:
@@ -177,7 +177,7 @@ def compare(place: Path, rounds: int) -> None:
     shards = ShardSet.open(str(place))
     with tempfile.TemporaryDirectory(prefix="loose-") as loose:
         files = []
-        for name, data in islice(_pictures(shards), 10_000):
+        for name, data in islice(_images(shards), 10_000):
             Path(loose, name).write_bytes(data)
             files.append(data)
         size = "x".join(map(str, shards.size))
@@ -236,17 +236,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="loader-") as folder:
-        few, places = Path(folder, "32px"), options.shards
+    with tempfile.TemporaryDirectory(prefix="loader-") as directory:
+        few, places = Path(directory, "32px"), options.shards
         make_set(few, 32, 10)
         if not places:
-            make_set(Path(folder, "64px"), 64, 10)
-            places = [Path(folder, "many 32px"), Path(folder, "many 64px")]
-            for source, place in zip((few, Path(folder, "64px")), places):
+            make_set(Path(directory, "64px"), 64, 10)
+            places = [Path(directory, "many 32px"), Path(directory, "many 64px")]
+            for source, place in zip((few, Path(directory, "64px")), places):
                 enlarge(source, place, 10)
         for place in places:
             compare(place, options.rounds)
-        sizes = {"10,000 samples": few, "1,000,000 samples": Path(folder, "million")}
+        sizes = {"10,000 samples": few, "1,000,000 samples": Path(directory, "million")}
         enlarge(*sizes.values(), 100)
         resume(sizes, options.rounds)
         memory(sizes)

@@ -25,9 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from train_step import CONFIGS, ours_alone, same_in_diffusers
 from turns import Turns
 
-from pipeline import configfile
+from pipeline import config_file
 from pipeline.config import Config
-from pipeline.footprint import Ledger, trace
+from pipeline.training.memory_estimate import StorageTracker, trace
 
 PAPERS = ("model.channel_mults=[1,2,2,2]", "model.attention_sizes=[16]", "model.head_channels=null")
 NETWORKS: dict[str, tuple[str, int, tuple[str, ...]]] = {
@@ -35,7 +35,7 @@ NETWORKS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "64 px": ("64px.yaml", 128, ()),
     "128 px": ("128px.yaml", 128, ()),
     "128 px, the paper's 32-px net": ("128px.yaml", 128, PAPERS),
-    "256 px": ("256px.yaml", 8, ()),
+    "256 px": ("celebahq256.yaml", 8, ()),
 }
 """Configuration, batch, settings."""
 GIB = 2**30
@@ -46,7 +46,7 @@ def config_of(name: str, checkpointing: str = "none") -> Config:
     file, batch, settings = NETWORKS[name]
     train = {"global_batch": batch, "micro_batch": batch, "checkpointing": checkpointing, "compile": "false"}
     settings += tuple(f"train.{key}={value}" for key, value in train.items())
-    return configfile.load(str(CONFIGS / file), settings, lambda file: Path(file).read_text())
+    return config_file.load(str(CONFIGS / file), settings, lambda file: Path(file).read_text())
 
 
 class Peer:
@@ -54,7 +54,7 @@ class Peer:
 
     Args:
         make: builds it.
-        config: the size of its pictures and of the batch.
+        config: the size of its images and of the batch.
         precision: bf16 for autocast, or fp32.
     """
 
@@ -78,7 +78,7 @@ class Peer:
             for module in model.modules():
                 if isinstance(module, nn.GroupNorm):  # autocast of CUDA makes it float32, in and out; a CPU's does not
                     module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-            with Ledger([*model.parameters(), x, t]) as ledger:
+            with StorageTracker([*model.parameters(), x, t]) as ledger:
                 before = ledger.live
                 loss = self._loss(model, x, t)
                 kept = ledger.live - before

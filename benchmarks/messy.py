@@ -1,11 +1,11 @@
-"""Are the colours right? Every file of a messy collection, against decoders that share no code with ours.
+"""Are the decoded colors right? Every file of a mixed collection, against decoders that share no code with ours.
 
     python benchmarks/messy.py --source messy.tar
 
-Each file is decoded by `to_picture` at its own size and by libvips (FFmpeg, where libvips has no reader for the format)
-in full. The table counts what was taken and why the rest was not. Every picture that differs by more than MEAN or
-MOST, and every file that only one side takes, is listed under its cause; a cause counts only where its check holds.
-Exit code 1 if a difference has none.
+Each file is decoded at its full size by `preprocess_image`, and by libvips, or by FFmpeg if libvips does not know the
+format. The table counts accepted files, and the reasons of the others. Every image that differs by more than MEAN or
+MOST, and every file that only one side accepts, is listed under its cause, which a check must confirm. Exit code 1 if
+a difference has no known cause.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import pyvips
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.images import MAX_PIXELS, Picture, Rejected, to_picture
+from pipeline.data.images.preprocess import MAX_PIXELS, CleanImage, Rejected, preprocess_image
 
 try:
     import av
@@ -43,54 +43,54 @@ Pixels = NDArray[np.uint8]
 
 @dataclass
 class Case:
-    """One file, as both sides have it."""
+    """One file, and what both sides made of it."""
 
     name: str
     data: bytes
-    ours: Picture | Rejected
-    theirs: Pixels | str
-    """The picture, or why there is none."""
+    ours: CleanImage | Rejected
+    peer_result: Pixels | str
+    """The image, or the error message."""
     peer: str
     seconds: float
     bytes: int
-    """Of memory, at most, while we decoded it."""
+    """Peak memory of our decoder."""
 
     @property
     def gap(self) -> tuple[float, int]:
         """Mean and largest difference, in levels."""
-        if self.array is None or isinstance(self.theirs, str) or self.array.shape != self.theirs.shape:
+        if self.array is None or isinstance(self.peer_result, str) or self.array.shape != self.peer_result.shape:
             return np.inf, 255
-        return _gap(self.array, self.theirs)
+        return _gap(self.array, self.peer_result)
 
     @property
     def array(self) -> Pixels | None:
-        """Our picture, if we take it."""
-        return self.ours.array if isinstance(self.ours, Picture) else None
+        """Our image, if we accept the file."""
+        return self.ours.array if isinstance(self.ours, CleanImage) else None
 
     @property
     def only(self) -> str:
-        """Which side takes it, if one does not."""
+        """The only side that accepts the file; empty if both or neither do."""
         if self.array is None:
-            return "" if isinstance(self.theirs, str) else self.peer
-        return "ours" if isinstance(self.theirs, str) else ""
+            return "" if isinstance(self.peer_result, str) else self.peer
+        return "ours" if isinstance(self.peer_result, str) else ""
 
     @property
     def format(self) -> str:
-        """As Pillow names it, or else the file's extension."""
-        if isinstance(self.ours, Picture):
+        """Pillow's name of the format, or else the file's extension."""
+        if isinstance(self.ours, CleanImage):
             return self.ours.meta["format"]
         return self.header.format if self.header else Path(self.name).suffix[1:].upper()
 
     @cached_property
     def header(self) -> Any:
-        """Pillow's view before decoding, if it has one."""
+        """The image as opened by Pillow, not decoded; None if Pillow does not know the format."""
         try:
             return Image.open(io.BytesIO(self.data))
         except Exception:
             return None
 
     def tag(self, number: int) -> Any:
-        """Of a TIFF."""
+        """A tag of a TIFF."""
         return getattr(self.header, "tag_v2", {}).get(number)
 
 
@@ -100,7 +100,7 @@ def _gap(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, int]:
 
 
 def by_libvips(data: bytes) -> Pixels:
-    """Upright, sRGB, opaque, all of the stored pixels."""
+    """Decode with libvips: upright, sRGB, opaque, at full size."""
     image = pyvips.Image.new_from_buffer(data, "", fail_on="truncated")
     if image.width * image.height > MAX_PIXELS:
         raise pyvips.Error(f"left out: {image.width}x{image.height}")
@@ -113,12 +113,12 @@ def by_libvips(data: bytes) -> Pixels:
         image = image.colourspace("srgb")
     if image.hasalpha():
         image = image.flatten(background=list(WHITE))
-    return _three(image.cast("uchar").numpy())
+    return _to_rgb(image.cast("uchar").numpy())
 
 
 def by_ffmpeg(data: bytes, suffix: str) -> Pixels:
-    """The same by FFmpeg, which knows neither profiles nor orientation."""
-    if suffix == ".tga":  # no magic number, so it has to be told
+    """Decode with FFmpeg, which ignores profiles and orientation."""
+    if suffix == ".tga":  # has no signature, so the decoder must be named
         frame = av.CodecContext.create("targa", "r").decode(av.Packet(data))[0]
     else:
         with av.open(io.BytesIO(data)) as container:
@@ -128,50 +128,50 @@ def by_ffmpeg(data: bytes, suffix: str) -> Pixels:
     return np.round(rgba[..., :3] * opacity + np.array(WHITE) * (1 - opacity)).astype(np.uint8)
 
 
-def _three(array: NDArray[Any]) -> NDArray[Any]:
+def _to_rgb(array: NDArray[Any]) -> NDArray[Any]:
     array = np.atleast_3d(array)
     return np.repeat(array, 3, 2) if array.shape[2] < 3 else array[..., :3]
 
 
 def peer_view(name: str, data: bytes) -> tuple[Pixels | str, str]:
-    """What libvips, or else FFmpeg, makes of it, and which of them."""
+    """The result of libvips, or else of FFmpeg, and which of them it was."""
     try:
         return by_libvips(data), "libvips"
     except pyvips.Error as error:
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
     no_reader = ("known format", "not configured", "not supported", "bad labq", "Support for this compression")
-    if av is None or not any(part in said for part in no_reader):
-        return said, "libvips"
+    if av is None or not any(part in message for part in no_reader):
+        return message, "libvips"
     try:
         return by_ffmpeg(data, Path(name).suffix), "FFmpeg"
     except Exception as error:
-        return f"{said}; FFmpeg: {type(error).__name__}", "neither"
+        return f"{message}; FFmpeg: {type(error).__name__}", "neither"
 
 
-def in_full(data: bytes) -> Picture:
-    """Ours, at the size that it has once it is upright."""
-    h, w = to_picture(data, size=(1, 1)).meta["original_size"]
+def at_full_size(data: bytes) -> CleanImage:
+    """Decode with `preprocess_image`, at the size of the upright image."""
+    h, w = preprocess_image(data, size=(1, 1)).meta["original_size"]
     try:
-        return to_picture(data, size=(h, w), crop_at=None)
-    except Rejected as verdict:
-        if verdict.reason != "wrong_aspect":
+        return preprocess_image(data, size=(h, w), crop_at=None)
+    except Rejected as rejected:
+        if rejected.reason != "wrong_aspect":
             raise
-        return to_picture(data, size=(w, h), crop_at=None)
+        return preprocess_image(data, size=(w, h), crop_at=None)
 
 
 def cases(source: str) -> Iterator[Case]:
-    """Each regular file of the tar."""
+    """One case for each regular file of the tar."""
     with tarfile.open(source) as tar:
         for member in tar:
             if not member.isfile():
                 continue
             data = tar.extractfile(member).read()  # type: ignore[union-attr]
-            Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is this file's
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
             before, started = _memory("VmRSS"), time.process_time()
             try:
-                ours: Picture | Rejected = in_full(data)
-            except Rejected as verdict:
-                ours = verdict
+                ours: CleanImage | Rejected = at_full_size(data)
+            except Rejected as rejected:
+                ours = rejected
             seconds, used = time.process_time() - started, _memory("VmHWM") - before
             yield Case(member.name, data, ours, *peer_view(member.name, data), seconds, used)
 
@@ -190,9 +190,9 @@ def _ideal_inks(case: Case) -> bool:
 
 
 def _turned(case: Case) -> bool:
-    if case.array is None or isinstance(case.theirs, str) or case.peer != "libvips":
+    if case.array is None or isinstance(case.peer_result, str) or case.peer != "libvips":
         return False
-    turns = [np.rot90(side, k) for side in (case.theirs, case.theirs[:, ::-1]) for k in range(4)][1:]
+    turns = [np.rot90(side, k) for side in (case.peer_result, case.peer_result[:, ::-1]) for k in range(4)][1:]
     return not pyvips.Image.new_from_buffer(case.data, "").get_typeof("orientation") and any(
         turn.shape == case.array.shape and _gap(turn, case.array)[0] <= MEAN for turn in turns
     )
@@ -202,7 +202,7 @@ def _chroma_only(case: Case) -> bool:
     if case.format != "AVIF" or case.gap[0] > MEAN or case.array is None:
         return False
     luma = np.array([0.2126, 0.7152, 0.0722])
-    return float(np.quantile(np.abs(case.array @ luma - case.theirs @ luma), 0.999)) <= MOST
+    return float(np.quantile(np.abs(case.array @ luma - case.peer_result @ luma), 0.999)) <= MOST
 
 
 def _premultiplied(case: Case) -> bool:
@@ -213,17 +213,17 @@ def _premultiplied(case: Case) -> bool:
     return _gap(stored[..., :3] + 255 - stored[..., 3:], case.array)[1] <= 2
 
 
-def _one_colour(case: Case) -> bool:
-    return not case.only and not np.ptp(np.asarray(case.theirs), axis=(0, 1)).any()
+def _one_color(case: Case) -> bool:
+    return not case.only and not np.ptp(np.asarray(case.peer_result), axis=(0, 1)).any()
 
 
 def _opaque_agrees(case: Case) -> bool:
     """Icons with a mask and 16-bit TGA with an attribute bit: what we show of them is what FFmpeg has."""
     alpha = case.format == "ICO" or (case.format == "TGA" and case.data[16] == 16 and case.data[17] & 15 == 1)
-    if not alpha or case.peer != "FFmpeg" or case.array is None or case.array.shape != np.shape(case.theirs):
+    if not alpha or case.peer != "FFmpeg" or case.array is None or case.array.shape != np.shape(case.peer_result):
         return False
     shown = (case.array != WHITE).any(-1)
-    return bool(shown.any()) and _gap(case.array[shown], np.asarray(case.theirs)[shown])[1] <= MOST
+    return bool(shown.any()) and _gap(case.array[shown], np.asarray(case.peer_result)[shown])[1] <= MOST
 
 
 def _reserved_byte(case: Case) -> bool:
@@ -270,15 +270,15 @@ CAUSES: dict[str, Callable[[Case], bool]] = {
     "CMYK without a profile: ideal inks here, a press of its own in libvips; its inks mixed ideally agree": _ideal_inks,
     "turned by an orientation in XMP or in ImageMagick's text chunk, which libvips does not read": _turned,
     "AVIF: luma agrees, libheif interpolates the chroma of 4:2:0 in another way than libavif": _chroma_only,
-    "colours stored multiplied by alpha (TIFF tag 338 = 1): libvips blends them as if they were not": _premultiplied,
-    "a variant that the peer cannot decode: it gives one colour (LZMA, old JPEG or tiled planes in TIFF)": _one_colour,
+    "colors stored multiplied by alpha (TIFF tag 338 = 1): libvips blends them as if they were not": _premultiplied,
+    "a variant that the peer cannot decode: it gives one color (LZMA, old JPEG or tiled planes in TIFF)": _one_color,
     "a mask or an attribute bit, which FFmpeg ignores: they agree where it is opaque": _opaque_agrees,
     "32 bits without alpha in BMP or TGA: the fourth byte is reserved, FFmpeg takes it for alpha": _reserved_byte,
-    "grey and alpha in a TGA, which FFmpeg takes for 5-bit colours": (
+    "grey and alpha in a TGA, which FFmpeg takes for 5-bit colors": (
         lambda case: case.format == "TGA" and (case.data[2], case.data[16]) == (3, 16)
     ),
     "an icon of several sizes: we take the largest, FFmpeg the first": (
-        lambda case: case.format == "ICO" and not case.only and np.shape(case.array) > np.shape(case.theirs)
+        lambda case: case.format == "ICO" and not case.only and np.shape(case.array) > np.shape(case.peer_result)
     ),
     "damaged: run-length code past the end of its row, each side goes on differently": _run_past_the_row,
     "damaged PNG header (checksum): refused, libpng goes on": (
@@ -314,7 +314,7 @@ def main() -> int:
     hungriest = slowest = ("", 0.0)
     for case in cases(options.source):
         row = table[case.format]
-        row["taken" if isinstance(case.ours, Picture) else case.ours.reason] += 1
+        row["taken" if isinstance(case.ours, CleanImage) else case.ours.reason] += 1
         if not case.only and case.array is not None:
             peers[case.peer] += 1
         hungriest = max(hungriest, (case.name, case.bytes), key=lambda pair: pair[1])
@@ -324,7 +324,7 @@ def main() -> int:
             cause = next((text for text, holds in CAUSES.items() if _holds(holds, case)), "UNEXPLAINED")
             what = f"only {case.only}" if case.only else f"mean {mean:.2f}, at most {most}"
             why = f" ({case.ours.reason})" if isinstance(case.ours, Rejected) else ""
-            why += f" ({case.theirs})" if isinstance(case.theirs, str) and cause == "UNEXPLAINED" else ""
+            why += f" ({case.peer_result})" if isinstance(case.peer_result, str) and cause == "UNEXPLAINED" else ""
             listed[cause].append(f"{case.name}: {what}{why}")
     _print(table, peers, listed)
     print(f"\nmost memory for one file: {hungriest[1] / 1e6:.0f} MB ({hungriest[0]})")

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from train_step import config_of, ours_alone
 from turns import Turns
 
-from pipeline.footprint import FLOPS
+from pipeline.training.memory_estimate import FLOPS
 
 POINTWISE = "SiLU, sums, dropout, joints, resizing"
 REST = "noise, loss, embedding, views"
@@ -61,7 +61,7 @@ class Watch(TorchDispatchMode):
 
     Args:
         device: where it is done.
-        batch: pictures in it.
+        batch: images in it.
 
     Attributes:
         operations: in order.

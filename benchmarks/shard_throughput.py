@@ -1,11 +1,12 @@
-"""How fast do photographs become small pictures, against libvips `thumbnail` and a plain Pillow loop?
+"""How fast are photographs reduced to small images, against libvips `thumbnail` and a plain Pillow loop?
 
     python benchmarks/shard_throughput.py [--photos DIR] [--rounds N] [--size 64] [--skip-job]
 
-JPEG photos of about 1000 px are cropped to the centre, reduced and written as PNG: each photo by each in turn, on one
-pinned core. A ratio is the median over the rounds, so a busy machine slows both of its sides. Without --photos they are
-made of scikit-learn's two sample photographs: random crops, enlarged, with a sensor's grain, quality 90, 4:2:0. The
-whole `ddpm shard` job is run on N and on 3 N photos; the difference is the time of 2 N, without the start-up.
+JPEG photos of about 1000 px are cropped to the center, reduced and written as PNG: every program converts one photo
+after the other, in turn, on one pinned core. A ratio is the median over the rounds, so a busy machine slows both sides.
+Without --photos, random crops of scikit-learn's two sample photographs are enlarged, get sensor noise, and are saved
+with quality 90, 4:2:0. The `ddpm shard` job runs on N and on 3 N photos; the difference is the time of 2 N, without
+the start-up.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-from pipeline.data.images import encode, to_picture
+from pipeline.data.images.preprocess import encode, preprocess_image
 
 JOB_PHOTOS = 1000
 CORES = sorted(os.sched_getaffinity(0))
 
 
-def made(count: int, progressive: bool) -> list[bytes]:
+def make_photos(count: int, progressive: bool) -> list[bytes]:
     """Photos of 1000 x 750 and 750 x 1000."""
     rng = np.random.default_rng(0)
     photos = []
@@ -53,8 +54,8 @@ def made(count: int, progressive: bool) -> list[bytes]:
     return photos
 
 
-def ours(size: int, data: bytes) -> bytes:
-    return encode(to_picture(data, size=(size, size)).array, "png")
+def ddpm(size: int, data: bytes) -> bytes:
+    return encode(preprocess_image(data, size=(size, size)).array, "png")
 
 
 def libvips(size: int, data: bytes) -> bytes:
@@ -71,11 +72,11 @@ def plain_pillow(size: int, data: bytes) -> bytes:
     return file.getvalue()
 
 
-def psnr(made_by: Callable[[bytes], bytes], reference: Callable[[bytes], bytes], photos: list[bytes]) -> list[float]:
-    """In dB, photo by photo; the reference is the full decode and one Lanczos filter."""
+def psnr(convert: Callable[[bytes], bytes], reference: Callable[[bytes], bytes], photos: list[bytes]) -> list[float]:
+    """PSNR of each photo in dB; the reference decodes at full size and applies one Lanczos filter."""
     values = []
     for photo in photos:
-        a, b = (_pixels(make(photo)).astype(float) for make in (made_by, reference))
+        a, b = (_pixels(program(photo)).astype(float) for program in (convert, reference))
         values.append(10 * np.log10(255**2 / max(np.mean((a - b) ** 2), 1e-9)))
     return values
 
@@ -85,47 +86,47 @@ def _pixels(png: bytes) -> NDArray[np.uint8]:
 
 
 def compare(title: str, photos: list[bytes], size: int, rounds: int) -> None:
-    """Print a table of the three."""
-    makers = {maker.__name__: partial(maker, size) for maker in (ours, libvips, plain_pillow)}
-    times: dict[str, list[float]] = {name: [] for name in makers}
+    """Print a table of the three programs."""
+    programs = {program.__name__: partial(program, size) for program in (ddpm, libvips, plain_pillow)}
+    times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
-        spent_s = dict.fromkeys(makers, 0.0)
-        for photo in photos:  # in turn on each, as the machine's other work comes and goes within a round
-            for name, make in makers.items():
+        spent_s = dict.fromkeys(programs, 0.0)
+        for photo in photos:  # in turn, as the load of the machine changes within a round
+            for name, convert in programs.items():
                 started = time.perf_counter()
-                make(photo)
+                convert(photo)
                 spent_s[name] += time.perf_counter() - started
         for name, seconds in spent_s.items():
             times[name].append(seconds / len(photos))
     print(f"\n{title}: {len(photos)} photos, {sum(map(len, photos)) / len(photos) / 1000:.0f} kB each, to {size} px")
     print(f"{'':14}{'ms each':>9}{'images/s':>10}{'x libvips':>11}{'dB, mean':>10}{'dB, min':>9}{'bytes':>8}")
-    for name, make in makers.items():
+    for name, convert in programs.items():
         spent = statistics.median(times[name])
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(times["libvips"], times[name]))
-        decibels = psnr(make, makers["plain_pillow"], photos)
+        ratio = statistics.median(libvips_s / own_s for libvips_s, own_s in zip(times["libvips"], times[name]))
+        decibels = psnr(convert, programs["plain_pillow"], photos)
         quality = f"{np.mean(decibels):>10.1f}{min(decibels):>9.1f}" if name != "plain_pillow" else f"{'-':>10}{'-':>9}"
-        average = sum(len(make(photo)) for photo in photos) / len(photos)
+        average = sum(len(convert(photo)) for photo in photos) / len(photos)
         print(f"{name:14}{spent * 1e3:>9.3f}{1 / spent:>10.0f}{ratio:>11.2f}{quality}{average:>8.0f}")
 
 
 def job(photos: list[bytes], size: int, rounds: int) -> None:
-    """Print the time of the whole job, by one worker on one core and by two on two, beside libvips on files."""
-    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        few, many = Path(folder, "few"), Path(folder, "many")
+    """Print the time of the entire job with one worker on one core and with two on two, beside libvips on files."""
+    with tempfile.TemporaryDirectory(prefix="throughput-") as directory:
+        few, many = Path(directory, "few"), Path(directory, "many")
         for place, count in ((few, JOB_PHOTOS), (many, 3 * JOB_PHOTOS)):
             place.mkdir()
             for number in range(count):
                 (place / f"{number:06d}.jpg").write_bytes(photos[number % len(photos)])
         runs: dict[str, Callable[[], float]] = {
-            "libvips, file to file, on one core": lambda: _files_by_libvips(few, Path(folder), size),
-            "ddpm shard, 1 worker on one core": lambda: _job(few, many, f"{folder}/out", size, 1),
-            "ddpm shard, 2 workers on two cores": lambda: _job(few, many, f"{folder}/out", size, 2),
+            "libvips, file to file, on one core": lambda: _files_by_libvips(few, Path(directory), size),
+            "ddpm shard, 1 worker on one core": lambda: _job(few, many, f"{directory}/out", size, 1),
+            "ddpm shard, 2 workers on two cores": lambda: _job(few, many, f"{directory}/out", size, 2),
         }
         times = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
                 times[name].append(run())
-    print(f"\nthe whole job, {JOB_PHOTOS} and {3 * JOB_PHOTOS} photos, start-up subtracted")
+    print(f"\nthe entire job, {JOB_PHOTOS} and {3 * JOB_PHOTOS} photos, start-up subtracted")
     peer, one = list(times.values())[:2]
     for name, spent in times.items():
         against = [statistics.median(a / b for a, b in zip(other, spent)) for other in (peer, one)]
@@ -160,7 +161,7 @@ def _job(few: Path, many: Path, out: str, size: int, workers: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, metavar="DIR", help="JPEG files to use instead")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures, in pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of the images, in pixels")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--skip-job", action="store_true", help="only the comparison on one core")
     options = parser.parse_args()
@@ -168,7 +169,7 @@ def main() -> None:
         files = sorted(path for path in options.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
         sets = {str(options.photos): [path.read_bytes() for path in files[:200]]}
     else:
-        sets = {"baseline": made(24, progressive=False), "progressive": made(24, progressive=True)}
+        sets = {"baseline": make_photos(24, progressive=False), "progressive": make_photos(24, progressive=True)}
     os.sched_setaffinity(0, CORES[-1:])
     pyvips.concurrency_set(1)
     pyvips.cache_set_max(0)

@@ -5,7 +5,7 @@
 A step is forward and backward pass, clipping, optimizer and moving average. Ours is the Trainer's, with the paper's
 32-px network of configs/cifar10.yaml; it also turns uint8 into floats and draws noise that is keyed by sample. The
 step of diffusers is that of its unconditional example, with the same network: AdamW, EMAModel, mixed precision as
-accelerate enters it, pictures that are floats already. The other two have Adam and networks of their own, as large but
+accelerate enters it, images that are floats already. The other two have Adam and networks of their own, as large but
 with fewer operations, so compare how many of them they do in a second: denoising-diffusion-pytorch (here by its
 author's name, lucidrains), and the article's, which has no moving average. All are compiled with --compile. As shipped,
 diffusers is float32, not compiled; on a GPU torch then rounds convolutions to TF32, which for the others is off.
@@ -30,16 +30,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from turns import Turns
+from turns import Turns, autocast
 
-from pipeline import configfile
+from pipeline import config_file
+from pipeline.cluster.world import World
 from pipeline.config import Config
-from pipeline.data.batches import Batch
-from pipeline.generator import autocast
+from pipeline.data.loading.batches import Batch
 from pipeline.model import interchange
-from pipeline.run.flops import flops_of
-from pipeline.run.world import World
-from pipeline.trainer import Position, Trainer
+from pipeline.monitoring.flops import flops_of
+from pipeline.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = "diffusers, as shipped"
@@ -65,10 +64,10 @@ def config_of(name: str, batch: int, precision: str, *, compiled: bool = False, 
     train = {"checkpointing": "none"} | train
     train |= {"global_batch": str(batch), "micro_batch": "auto", "precision": precision}
     settings = [f"train.{key}={value}" for key, value in (train | {"compile": str(compiled).lower()}).items()]
-    return configfile.load(str(CONFIGS / name), tuple(settings), lambda file: Path(file).read_text())
+    return config_file.load(str(CONFIGS / name), tuple(settings), lambda file: Path(file).read_text())
 
 
-def pictures(config: Config, count: int) -> Tensor:
+def random_images(config: Config, count: int) -> Tensor:
     """Noise as uint8, (count, C, H, W)."""
     return torch.randint(0, 256, (count, config.data.channels, *config.data.height_width), dtype=torch.uint8)
 
@@ -86,21 +85,20 @@ def alone(*, as_torch_ships: bool = False) -> World:
 def ours(config: Config, images: Tensor, world: World) -> Step:
     """The Trainer's step on a rank's share of the global batch."""
     count = len(images)
-    trainer, position = Trainer(config, world), Position(lanes=1, micro_batch=count)
-    trainer.settle(position)
+    trainer = Trainer(config, world)
+    trainer.state.micro_batch = count
+    trainer.choose_micro_batch()
     trainer.model.train()
 
     def step() -> None:
-        places = torch.arange(count) + position.samples + world.rank * count
-        gradient = trainer.gradient(Batch(images, torch.full((count,), -1), places), position)
-        trainer.update(position, world.agree_soon(~gradient.finite, 0, 0))
-        trainer.conclude(position)
+        places = torch.arange(count) + trainer.state.samples + world.rank * count
+        trainer.finish_step(trainer.gradient(Batch(images, torch.full((count,), -1), places)))
 
     return step
 
 
 def ours_alone(config: Config) -> Step:
-    return ours(config, pictures(config, config.train.global_batch), alone())
+    return ours(config, random_images(config, config.train.global_batch), alone())
 
 
 def same_in_diffusers(config: Config) -> UNet2DModel:
@@ -140,8 +138,8 @@ def of_diffusers(config: Config, *, as_torch_ships: bool = False) -> Step:
 
 
 def loaded_floats(config: Config) -> Tensor:
-    """Pictures in [-1, 1] as a peer's loader gives them."""
-    return pictures(config, config.train.global_batch) / 127.5 - 1
+    """Images in [-1, 1] as a peer's loader gives them."""
+    return random_images(config, config.train.global_batch) / 127.5 - 1
 
 
 def of_the_article(config: Config) -> Step:
@@ -196,7 +194,7 @@ def lucidrains_net() -> nn.Module:
 
 @cache
 def forward_gflop(make: Callable[[], nn.Module]) -> float:
-    """Of one picture of 32 px."""
+    """Of one image of 32 px."""
     with FakeTensorMode():
         network, x, t = make(), torch.empty(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64)
         return flops_of(lambda: network(x, t)) / 1e9

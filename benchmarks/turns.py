@@ -17,6 +17,11 @@ import torch
 Work = Callable[[], object]
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context that a peer's network is called in: bf16 autocast, or none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 class Turns:
     """Seconds that each contestant took in each round.
 

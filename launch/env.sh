@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# The one file a site edits. Every script in launch/ reads it, on each node, with the repository's root as directory.
-# Partition, account, time limit and GPUs are sbatch's business: give them on its command line, or once and for all as
+# The only file to edit for a cluster. Every script in launch/ reads it, on each node, in the root of the repository.
+# Give partition, account, time limit and GPUs to sbatch on its command line, or set once
 # SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT and SBATCH_GPUS_PER_NODE in your environment.
 
 # 1. The software: modules, then the environment that `ddpm` is installed in.
 # module load cuda/12.8
-# shellcheck disable=SC1091  # where it is, is not known here
+# shellcheck disable=SC1091  # the file may not exist
 if [ -r .venv/bin/activate ]; then . .venv/bin/activate; fi
 
-# 2. Or a container: what goes before each command. Data, runs, this directory and /tmp must be visible inside.
+# 2. Or a container: the words before each command. It must see data, runs, this directory and /tmp.
 # shellcheck disable=SC2034  # the scripts use it
 CONTAINER=()
 # CONTAINER=(apptainer exec --nv --bind /scratch "$HOME/ddpm.sif")
@@ -16,9 +16,9 @@ CONTAINER=()
 # 3. Training processes on a node: one for each GPU that SLURM gave. On CPU nodes: RANKS_PER_NODE=4 sbatch …
 export RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
-# 4. CPU threads of a process: the node's cores shared out.
+# 4. CPU threads of a process: the cores of the node divided by its processes.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_ON_NODE:-1} + RANKS_PER_NODE - 1) / RANKS_PER_NODE))}
 
-# 5. The network, if NCCL does not find it by itself.
+# 5. The network, if NCCL does not find it.
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
 # export NCCL_DEBUG=INFO

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# One of these runs on each node of a training job, as an srun task. It starts the node's ranks and owns its signals:
-# the launcher hears none, so that all ranks save the same step and leave in good order.
+# srun starts this script once on each node of a training job. It starts the ranks of the node and handles all signals:
+# the launcher gets none, so that all ranks save the same step and end together.
 #   node.sh CONFIG.yaml [key=value …]      with MASTER and PORT from train.sbatch
 set -u
 . launch/stoppable.sh
 . launch/env.sh
 
 processes=$((SLURM_NNODES * RANKS_PER_NODE))
-if [ "$processes" = 1 ]; then   # accelerate's launcher for one process would die of a signal and leave it alone
+if [ "$processes" = 1 ]; then   # a signal would kill accelerate's launcher of one process, but not the process
   command=(python -m pipeline.train)
 else
-  # USR1 and USR2 would kill the launcher. TERM comes to it where SLURM signals every process: it hands that on, and
-  # kills after PET_SHUTDOWN_TIMEOUT. A rank that fails ends the job, as a requeue outlives a lost node and a restart
-  # in place does not.
+  # USR1 and USR2 would kill the launcher. Where SLURM sends TERM to every process, the launcher passes it on, and
+  # kills the ranks after PET_SHUTDOWN_TIMEOUT. A rank that fails ends the job: a requeued job can replace a lost node,
+  # a restart in place cannot.
   export PET_SHUTDOWN_TIMEOUT=120
   # shellcheck disable=SC2016  # expanded by the inner shell
   command=(bash -c 'trap "" USR1 USR2; exec "$@"' ignoring   # env --ignore-signal is missing on older systems

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
-from pipeline.run.interrupt import signals_to
+from pipeline import arguments, messages
+from pipeline.cluster.interrupt import signals_to
+from pipeline.cluster.launch_environment import count
+from pipeline.config import FixedVariance, SamplingOptions
+from pipeline.errors import DataError, PipelineError, Stopped
+from pipeline.solvers import SamplerName, Spacing
 
 _INTERRUPTED = 130
 
@@ -26,10 +28,22 @@ app = typer.Typer(
 )  # fmt: skip
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings and errors only.")]
-MaxBadFraction = Annotated[
-    float, typer.Option(min=0, max=1, help="More unusable inputs than this share end with exit code 3.")
-]
+MaxBadFraction = Annotated[float, typer.Option(min=0, max=1, help="Largest share of inputs, 0 to 1, that may be rejected; with more, the command fails with exit code 3.")]  # fmt: skip
+ImageExt = Annotated[str | None, typer.Option(metavar="EXT[,EXT...]", help="Extensions of the images in tars, such as jpg. Default: any image format; of several images of a sample the one with the simplest extension (jpg before seg.png).")]  # fmt: skip
+ConfigFile = Annotated[str, typer.Option(metavar="C.yaml", help="Configuration of the run, a YAML file.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[key=value...]", help="Settings that replace those of the file, such as train.lr=1e-4.")]  # fmt: skip
+Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: one for each CPU core. The result does not depend on it.")]  # fmt: skip
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def _path(metavar: str, help: str) -> Any:
+    """An option that is a path or URL."""
+    return typer.Option(callback=arguments.expand_homes, metavar=metavar, help=help)
+
+
+def _sampling(key: str, *names: str, **options: Any) -> Any:
+    """An option that is a key of the configuration's section `sample`; its help is the description there."""
+    return typer.Option(*names, help=SamplingOptions.model_fields[key].description, **options)
 
 
 @app.command()
@@ -37,92 +51,105 @@ def shard(
     sources: Annotated[
         list[str],
         typer.Argument(
+            callback=arguments.expand_homes,
             metavar="SOURCE...",
-            help="Folders (recursive), zip, tar, parquet, npz, npy, CIFAR batches, pictures; paths, fsspec URLs, globs.",
+            help="Directories (with subdirectories), zip, tar, parquet, npz or npy files, CIFAR batches, single images: "
+            "paths, fsspec URLs, globs.",
         ),
     ],
-    out: Annotated[str, typer.Option(metavar="SHARDSET", help="Directory or URL of the shard set to write.")],
-    size: Annotated[str, typer.Option(metavar="PX|HxW", help="Size of the pictures in pixels.")],
+    out: Annotated[str, _path("SHARDSET", "Directory or URL of the shard set to write.")],
+    size: Annotated[
+        str, typer.Option(metavar="PX|HxW", help="Size of the images in pixels: the side, or height x width.")
+    ],
     labels: Annotated[
         str,
-        typer.Option(
-            metavar="folder|none|FILE.csv",
-            help="Class of a picture: its folder's name or what the source says, none, or as a CSV file has it.",
+        _path(
+            "folder|none|FILE.csv",
+            "Where the class of an image comes from. folder: the name of its directory, or the label in the source; "
+            "none: no classes; FILE.csv: a table of file names and classes.",
         ),
     ] = "folder",
     crop: Annotated[
         Literal["center", "none", "random"],
         typer.Option(
-            help="Cut to the target's shape in the middle, at a keyed random place, or not (refuses other shapes)."
+            help="How to cut an image of another aspect ratio. center: keep its middle; none: reject it; random: keep a "
+            "random part, the same in each run."
         ),
     ] = "center",
     pad: Annotated[
-        bool,
-        typer.Option("--pad", help="With --crop none: keep pictures whole, on the background; never enlarge them."),
+        bool, typer.Option("--pad", help="With --crop none: fit the image in and fill the rest with --background.")
     ] = False,
-    channels: Annotated[int, typer.Option(min=1, max=3, help="3 for colour, 1 for grey.")] = 3,
-    format: Annotated[Literal["png", "jpeg", "webp"], typer.Option(help="How pictures are stored.")] = "png",
-    shard_samples: Annotated[int, typer.Option(min=1, help="Inputs to a shard.")] = 1000,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes; 0: one for each core. The result does not depend on it.")
-    ] = 0,
+    channels: Annotated[int, typer.Option(min=1, max=3, help="Channels of the images: 3 for color, 1 for grey.")] = 3,
+    format: Annotated[Literal["png", "jpeg", "webp"], typer.Option(help="Format of the images.")] = "png",
+    shard_samples: Annotated[int, typer.Option(min=1, help="Inputs in a shard, which is one tar.")] = 1000,
+    workers: Workers = 0,
+    image_ext: ImageExt = None,
     max_bad_fraction: MaxBadFraction = 0.05,
-    min_size: Annotated[int, typer.Option(min=1, help="Reject pictures whose short side has fewer pixels.")] = 1,
-    background: Annotated[str, typer.Option(help="Colour behind transparent and around padded ones.")] = "#ffffff",
+    min_size: Annotated[
+        int, typer.Option(min=1, help="Reject images whose shorter side is below this, in pixels.")
+    ] = 1,
+    background: Annotated[str, typer.Option(help="Color of transparent areas and of the padding.")] = "#ffffff",
     dedupe: Annotated[
         Literal["exact", "near"] | None,
-        typer.Option(help="Reject pictures that repeat an earlier one: its very pixels, or nearly. Default: off."),
+        typer.Option(help="Reject repeated images. exact: equal pixels; near: almost equal. Default: keep."),
     ] = None,
     part: Annotated[
-        str,
-        typer.Option(
-            metavar="I/N", help="Make only the I-th of N equal parts, from 0; the last to end makes the index."
-        ),
+        str, typer.Option(metavar="I/N", help="Write part I of N; the first is 0. The last job writes the index.")
     ] = "0/1",
     preview: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="Also a sheet of 100 pictures spread over the finished set.")
+        str | None, _path("FILE.png", "Also write a sheet of 100 images from all over the finished shard set.")
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Also reference statistics of these features, for `ddpm evaluate`."),
+        _path("FILE", "Also write statistics of the images under this feature network, for `ddpm evaluate`."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a shard set made from other sources or settings.")
+        bool, typer.Option("--overwrite", help="Replace a shard set of other sources or settings.")
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write images into a shard set. Run again, it goes on where it stopped."""
+    """Write images into a shard set. After an interruption, the same command continues."""
+    from pipeline.data.shards.settings import ShardSettings
     from pipeline.shard import shard as job
 
+    settings = ShardSettings(
+        size=arguments.size(size), channels=channels, crop=crop, pad=pad, format=format, labels=labels,
+        background=background, min_size=min_size, dedupe=dedupe or "none", shard_samples=shard_samples,
+    )  # fmt: skip
     summary = job(
-        sources, out, size=_size(size), labels=labels, crop=crop, pad=pad, channels=channels, format=format,
-        shard_samples=shard_samples, workers=workers, max_bad_fraction=max_bad_fraction, min_size=min_size,
-        background=background, dedupe=dedupe or "none", part=part, preview=preview, features=features,
-        overwrite=overwrite, quiet=quiet,
+        sources, out, settings, image_ext=image_ext, workers=workers, max_bad_fraction=max_bad_fraction, part=part,
+        overwrite=overwrite, preview=preview, features=features, quiet=quiet,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(summary.as_dict()))
+        messages.summary(json.dumps(summary.as_dict()))
     elif not quiet:
-        typer.echo(summary.as_text())
+        messages.summary(summary.as_text())
 
 
 @app.command()
 def verify(
-    path: Annotated[str, typer.Argument(metavar="SHARDSET|SAMPLES|RUN|CHECKPOINT", help="What to check.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            callback=arguments.expand_homes,
+            metavar="SHARDSET|SAMPLES|RUN|CHECKPOINT",
+            help="Directory or URL to check.",
+        ),
+    ],
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte against index, manifests and hashes; name what is wrong."""
+    """Read every file, compare it with its index or manifest, and list what is damaged or missing."""
     from pipeline.verify import verify as job
 
     findings = job(path, quiet=quiet)
     if as_json:
-        typer.echo(json.dumps({"path": path, "sound": not findings, "findings": findings}))
+        messages.result(json.dumps({"path": path, "sound": not findings, "findings": findings}))
     elif findings:
-        typer.echo("\n".join(findings))
+        messages.result("\n".join(findings))
     elif not quiet:
-        typer.echo(f"{path}: sound")
+        messages.result(f"{path}: sound")
     if findings:
         raise DataError(
             f"{path}: {len(findings)} finding{'s' * (len(findings) > 1)}, see above: restore these files, or make them again"
@@ -133,226 +160,203 @@ def verify(
 def index(
     tars: Annotated[
         list[str],
-        typer.Argument(metavar="TARS...", help="Tars, or folders of them: paths, fsspec URLs, globs, lists in braces."),
+        typer.Argument(
+            callback=arguments.expand_homes,
+            metavar="TARS...",
+            help="Tars, or directories with tars: paths, fsspec URLs, globs, braces such as a-{000..099}.tar.",
+        ),
     ],
-    out: Annotated[str, typer.Option(metavar="SHARDSET", help="Directory or URL of the set; may be that of the tars.")],
+    out: Annotated[str, _path("SHARDSET", "Directory or URL for the index; may be the directory of the tars.")],
     size: Annotated[
         str | None,
-        typer.Option(
-            metavar="PX|HxW", help="Bring each picture to this size when it is read. Default: as they all are."
-        ),
+        typer.Option(metavar="PX|HxW", help="Resize images to this size when they are read. Default: their own."),
     ] = None,
-    channels: Annotated[int | None, typer.Option(min=1, max=3, help="3 for colour, 1 for grey. Default: 3.")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, max=3, help="3 for color, 1 for grey. Default: 3.")] = None,
     labels: Annotated[
         Literal["auto", "none"],
-        typer.Option(help="Class of a picture: the number in its .cls, else its .json; or none."),
+        typer.Option(help="auto: the class of an image is in its .cls file, else in its .json file; none: no classes."),
     ] = "auto",
-    workers: Annotated[
-        int, typer.Option(min=0, help="Tars read side by side; 0: one for each core. The result does not depend on it.")
-    ] = 0,
+    workers: Workers = 0,
+    image_ext: ImageExt = None,
     max_bad_fraction: MaxBadFraction = 0.05,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make tars that are there, a webdataset or the parts of a shard set, a shard set without copying them."""
+    """Turn existing tars (a webdataset, or parts of a shard set) into a shard set: write an index, copy nothing."""
+    from pipeline.data.shards.settings import IndexSettings
     from pipeline.index import index as job
 
-    summary = job(
-        tars, out, size=_size(size) if size else None, channels=channels, labels=labels, workers=workers,
-        max_bad_fraction=max_bad_fraction, quiet=quiet,
-    )  # fmt: skip
+    given = {"size": arguments.size(size) if size else None, "channels": channels, "image_ext": image_ext}
+    settings = IndexSettings(labels=labels, **{name: value for name, value in given.items() if value is not None})
+    summary = job(tars, out, settings, workers=workers, max_bad_fraction=max_bad_fraction, quiet=quiet)
     if as_json:
-        typer.echo(json.dumps(summary.as_dict()))
+        messages.summary(json.dumps(summary.as_dict()))
     elif not quiet:
-        typer.echo(summary.as_text())
+        messages.summary(summary.as_text())
 
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Option(metavar="C.yaml", help="The run's configuration.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[key=value...]", help="Settings that replace those of the file, such as train.lr=1e-4."
-        ),
-    ] = None,
+    config: ConfigFile,
+    settings: Settings = None,
     override: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Change this key of a run although it is frozen.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Allow a resumed run to change this key, such as train.lr, which it otherwise keeps."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train, or go on with the run in run.dir. Many processes: accelerate launch -m pipeline.train --config C.yaml."""
-    from pipeline import configfile
+    """Train, or resume the run in run.dir. With many processes: accelerate launch -m pipeline.train --config C.yaml."""
+    from pipeline.cluster.launch_environment import process_rank
+    from pipeline.config_file import check_keys
     from pipeline.train import train as job
 
-    job(configfile.load(config, settings or (), _read_text), insist=override or (), quiet=quiet)
+    check_keys(override or ())
+    loaded = arguments.configuration(config, settings or (), processes=process_rank().size)
+    job(loaded, overrides=override or (), quiet=quiet)
 
 
 @app.command()
 def sample(
-    source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT|DIFFUSERS_DIR", help="The trained model.")],
-    seeds: Annotated[
-        str, typer.Option(metavar="A-B|A|LIST", help="One picture for each seed: A-B inclusive, A, or a comma list.")
+    source: Annotated[
+        str,
+        typer.Argument(
+            callback=arguments.expand_homes,
+            metavar="RUN|CHECKPOINT|DIFFUSERS_DIR",
+            help="The trained model: a run, one of its checkpoints, or a directory of diffusers.",
+        ),
     ],
-    out: Annotated[str | None, typer.Option(metavar="SAMPLES", help="Directory or URL of the sample set.")] = None,
-    sampler: Annotated[
-        Literal["ddpm", "ddim", "dpmpp", "heun"] | None, typer.Option(help="Default: the run's sample.sampler.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampler steps. Default: the run's; else all for ddpm, 50 for others.")
-    ] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1, help="DDIM's noise, 0 to 1.")] = None,
-    spacing: Annotated[
-        Literal["uniform", "quadratic", "trailing", "leading"] | None,
-        typer.Option(help="Which timesteps a short sampler visits."),
-    ] = None,
-    variance: Annotated[
-        Literal["fixed_large", "fixed_small"] | None, typer.Option(help="Of a ddpm step: β, or the posterior's.")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Pictures drawn together; bits are equal only for equal batch.")
-    ] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the network first, which pays in large sets.")
+    seeds: Annotated[
+        str,
+        typer.Option(
+            metavar="A-B|A|LIST", help="Draw one image for each seed: A-B (both included), A, or a comma list of both."
+        ),
+    ],
+    out: Annotated[str | None, _path("SAMPLES", "Directory or URL of the sample set to write or to extend.")] = None,
+    sampler: Annotated[SamplerName | None, _sampling("sampler")] = None,
+    steps: Annotated[int | None, _sampling("steps", min=1)] = None,
+    eta: Annotated[float | None, _sampling("eta", min=0, max=1)] = None,
+    spacing: Annotated[Spacing | None, _sampling("spacing")] = None,
+    variance: Annotated[FixedVariance | None, _sampling("variance")] = None,
+    batch: Annotated[int | None, _sampling("batch", min=1)] = None,
+    compile: Annotated[bool | None, _sampling("compile", "--compile/--no-compile")] = None,
+    label: Annotated[int | None, _sampling("label", min=0)] = None,
+    guidance: Annotated[float | None, _sampling("guidance", min=0)] = None,
+    guidance_interval: Annotated[str | None, _sampling("guidance_interval", metavar="FIRST-LAST")] = None,
+    dynamic_threshold: Annotated[float | None, _sampling("dynamic_threshold", min=0, max=1)] = None,
+    precision: Annotated[Literal["bf16", "fp32"] | None, _sampling("precision")] = None,
+    size: Annotated[str | None, _sampling("size", metavar="PX|HxW")] = None,
+    guide: Annotated[
+        str | None, _path("RUN|CHECKPOINT", "Worse model for autoguidance, such as an earlier checkpoint of the run.")
     ] = None,
     shard_samples: Annotated[
-        int | None, typer.Option(min=1, help="Seeds in a shard, a multiple of batch. Default: 1 to 4 batches.")
+        int | None, typer.Option(min=1, help="Seeds in a shard, a multiple of --batch. Default: 1 to 4 batches.")
     ] = None,
     format: Annotated[
-        Literal["tar", "png", "npz"], typer.Option(help="Tars of PNGs (a shard set), loose PNGs, or one npz a shard.")
+        Literal["tar", "png", "npz"],
+        typer.Option(help="tar: tars of PNGs, a shard set; png: a PNG for each seed; npz: an array for each shard."),
     ] = "tar",
-    label: Annotated[
-        int | None, typer.Option(min=0, help="Class of all pictures. Default: all classes in turn, by seed.")
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = None,
-    grid: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="Also a sheet of the first 100 pictures.")
-    ] = None,
+    grid: Annotated[str | None, _path("FILE.png", "Also write a sheet of the first 100 images.")] = None,
     video: Annotated[
-        str | None, typer.Option(metavar="FILE.mp4", help="Also a video of the denoising of the first ones.")
+        str | None, _path("FILE.mp4", "Also write a video of how the first images emerge from noise.")
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, or those of the last step.")] = True,
-    precision: Annotated[
-        Literal["bf16", "fp32"] | None, typer.Option(help="Of the network. Default: as trained.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="PX|HxW", help="Size of the pictures. Default: as trained.")
-    ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema/--no-ema", help="Use the averaged weights, or those of the last training step.")
+    ] = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw samples. Any number of processes share the work; run again, only what is missing is drawn."""
-    from pipeline import sample as job
+    """Draw samples. Any number of processes share the work; the same command again draws only missing images.
 
-    flags = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing,
-             "variance": variance, "batch": batch, "compile": compile, "guidance": guidance}  # fmt: skip
-    result = job.from_flags(
-        source, {key: value for key, value in flags.items() if value is not None}, seeds=seeds, out=out, format=format,
-        shard_samples=shard_samples, label=label, grid=grid, video=video, ema=ema, precision=precision,
-        size=_size(size) if size else None, quiet=quiet,
+    Options from --sampler to --size that are not given are those of the sample set if it was begun, else of the run.
+    """
+    from pipeline import sample as job
+    from pipeline.data.shards.sample_set import parse_seeds
+    from pipeline.sampling.options import SamplingRequest
+
+    options = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing,
+               "variance": variance, "batch": batch, "compile": compile, "guidance": guidance,
+               "guidance_interval": arguments.interval(guidance_interval) if guidance_interval else None,
+               "dynamic_threshold": dynamic_threshold, "precision": precision, "label": label,
+               "size": arguments.size(size) if size else None}  # fmt: skip
+    request = SamplingRequest(
+        source, parse_seeds(seeds), {key: value for key, value in options.items() if value is not None}, out=out,
+        format=format, shard_samples=shard_samples, grid=grid, video=video, ema=ema, guide=guide,
     )  # fmt: skip
+    result = job.sample(request, quiet=quiet)
     if as_json:
-        typer.echo(json.dumps(result))
+        messages.summary(json.dumps(result))
 
 
 @app.command()
 def plan(
-    config: Annotated[str, typer.Option(metavar="C.yaml", help="The run's configuration.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value...]", help="Settings that replace those of the file."),
-    ] = None,
+    config: ConfigFile,
+    settings: Settings = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Pictures in the shard set: lengths in epochs are shown in steps.")
+        int | None, typer.Option(min=1, help="Images in the shard set, to show epochs in steps.")
     ] = None,
-    memory: Annotated[str | None, typer.Option(metavar="24GiB", help="Memory of a GPU: what fits it is shown.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="24GiB", help="Memory of the GPU: marks what fits.")] = None,
     gpu: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="h100, a100, 4090, …: images/s at 40 % of its peak rate in bf16 are shown."),
+        str | None, typer.Option(metavar="NAME", help="h100, a100, 4090, …: shows images/s at 40 % of its bf16 peak.")
     ] = None,
     flops: Annotated[
-        float | None,
-        typer.Option(metavar="400e12", min=1, help="FLOP/s as measured while training: replaces the rate of --gpu."),
+        float | None, typer.Option(metavar="400e12", min=1, help="FLOP/s measured in training, instead of --gpu.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a configuration means before it runs: memory and time on a GPU, numbers of processes, sizes on disk."""
-    memory_bytes = _bytes(memory) if memory else None
-    from pipeline import configfile
+    """Show what a configuration needs before it runs: memory and time on a GPU, numbers of processes, sizes on disk."""
+    memory_bytes = arguments.memory(memory) if memory else None
     from pipeline import plan as job
 
-    loaded = configfile.load(config, settings or (), _read_text)
+    loaded = arguments.configuration(config, settings or ())
     result = job.plan(loaded, samples) | job.on_a_gpu(loaded, memory_bytes=memory_bytes, gpu=gpu, flops=flops)
-    typer.echo(json.dumps(result) if as_json else job.as_text(result))
+    messages.result(json.dumps(result) if as_json else job.as_text(result))
 
 
 @app.command()
 def doctor(
-    run: Annotated[str | None, typer.Option(metavar="RUN", help="Say also where this run stands.")] = None,
-    as_json: AsJson = False,
+    run: Annotated[str | None, _path("RUN", "Also show the state of this run.")] = None, as_json: AsJson = False
 ) -> None:
-    """Say what this machine has, what a run here would do, and what is missing. Exit code 3: something necessary is."""
+    """Show what this machine has, how a run here would work, and what is missing. Exit code 3: a run is impossible."""
     from pipeline import doctor as job
 
     report = job.examine(run)
-    typer.echo(json.dumps(report) if as_json else job.as_text(report))
+    messages.result(json.dumps(report) if as_json else job.as_text(report))
     if not report["ok"]:
         raise DataError("no run can be made here: mend what is listed as missing above")
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command and leave with its exit code."""
-    with signals_to(_stop):  # until a job looks for stop requests itself there is nothing to bring to an end first
+def main(words: list[str] | None = None) -> NoReturn:
+    """Run the command and exit with its exit code."""
+    messages.prepare_streams()
+    words = (sys.argv[1:] if words is None else words) or ["--help"]
+    with signals_to(_exit_on_signal):  # until a job handles stop requests itself, nothing needs to be finished first
         try:
-            code = app(
-                sys.argv[1:] or ["--help"] if arguments is None else arguments, prog_name="ddpm", standalone_mode=False
-            )  # an exit code where the parser ends it
+            code = app(words, prog_name="ddpm", standalone_mode=False)  # an exit code where the parser ends it
         except PipelineError as error:
-            _leave(str(error), error.exit_code)
-        except typer.Abort as error:  # what the parser makes of an EOFError
-            _leave(f"a file ends too early ({error.__cause__}): copy or make it again", DataError.exit_code)
+            _exit(str(error), error.exit_code)
+        except typer.Abort as error:  # typer raises it for an EOFError
+            _exit(f"a file ends too early ({error.__cause__}): copy or make it again", DataError.exit_code)
         except Exception as error:
-            if not hasattr(error, "format_message"):  # not one of the parser's own: a bug, so the traceback is wanted
+            if isinstance(error, OSError) and "--help" in words:
+                _exit(f"the help cannot be written: {error.strerror}", DataError.exit_code)
+            if not hasattr(error, "format_message"):  # not an error of the parser but a bug: show the traceback
                 raise
-            _leave(
+            _exit(
                 f"{' '.join(error.format_message().split())} `ddpm --help` and `ddpm JOB --help` list what there is.", 2
             )
     if code == _INTERRUPTED:
-        _leave("interrupted: finished parts stay, the same command goes on from there", _INTERRUPTED)
+        _exit("interrupted: finished parts stay, the same command continues from there", _INTERRUPTED)
     sys.exit(code or 0)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    _leave(f"stopped by {signal.Signals(number).name}: the same command goes on from there", Stopped.exit_code)
+def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    _exit(f"stopped by {signal.Signals(number).name}: the same command continues from there", Stopped.exit_code)
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    rank = os.environ.get("RANK", "0")
+def _exit(message: str, code: int) -> NoReturn:
+    rank = count("RANK", 0)
     for line in message.splitlines():
-        sys.stderr.write(f"ddpm{'' if rank == '0' else f' (rank {rank})'}: {line}\n")
+        messages.error(f"ddpm{f' (rank {rank})' if rank else ''}: {line}")
     sys.exit(code)
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if not match:
-        raise ConfigError(f"--size {text}: write a number of pixels, or height x width as in 96x64")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(MiB|GiB|GB)", text)
-    if not match or not float(match[1]):
-        raise ConfigError(f"--memory {text}: write a number and MiB, GiB or GB, as in 24GiB")
-    return int(float(match[1]) * {"MiB": 2**20, "GiB": 2**30, "GB": 10**9}[match[2]])
-
-
-def _read_text(name: str) -> str:
-    from pipeline import storage
-
-    try:
-        return storage.read_bytes(name).decode()
-    except FileNotFoundError:
-        raise ConfigError(f"{name}: no such configuration file") from None
-    except (IsADirectoryError, UnicodeDecodeError):
-        raise ConfigError(f"{name} is not a YAML file") from None

@@ -5,14 +5,11 @@ The docstring under a field is its only documentation; `configs/config.schema.js
 
 from __future__ import annotations
 
-import re
-from fractions import Fraction
-from math import ceil
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -20,77 +17,59 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    WithJsonSchema,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from pipeline.errors import ConfigError
+from pipeline.solvers import SamplerName, Spacing
+from pipeline.units import Duration, EpochCounter, Length, PositiveLength, Size
 
-_EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def _length(value: object) -> object:
-    if isinstance(value, str) and not _EPOCHS.fullmatch(value):
-        raise ValueError("a length is a number of steps, or of epochs as in 50ep")
-    return value
-
-
-def _duration(value: object) -> object:
-    if isinstance(value, str):
-        match = _DURATION.fullmatch(value)
-        if not match:
-            raise ValueError("a duration is a number of seconds, or as in 90s, 10m, 12h, 2d")
-        return float(match[1]) * _SECONDS[match[2]]
-    return value
-
-
-if TYPE_CHECKING:
-    Length = int  # what `Config.in_steps` makes of it; only a configuration that has not met its data holds text
-    PositiveLength = int
-    Duration = float
-else:
-    _EPOCHS_TEXT = Annotated[str, Field(pattern=r"^\d+(\.\d+)?ep$")]
-    Length = Annotated[NonNegativeInt | _EPOCHS_TEXT, BeforeValidator(_length)]
-    PositiveLength = Annotated[PositiveInt | _EPOCHS_TEXT, BeforeValidator(_length)]
-    Duration = Annotated[
-        PositiveFloat,
-        BeforeValidator(_duration),
-        WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": _DURATION.pattern}]}),
-    ]
+Share = Annotated[float, Field(ge=0, lt=1)]
+FixedVariance = Literal["fixed_large", "fixed_small"]
 
 
 class Section(BaseModel):
-    """A group of settings; unknown keys are errors."""
+    """A group of settings. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switches_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse `true` for a number: train.lr=true is not the rate 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true, false, yes, no, on and off are switches, unless they are quoted")
+        return value
 
 
 class DataSection(Section):
-    """What is read, and in which order."""
+    """Which data is read, and in which order."""
 
     shards: str = ""
-    """Shard set to train on: a directory or an fsspec URL that `ddpm shard` has filled."""
+    """Shard set to train on: a directory or an fsspec URL that `ddpm shard` has written."""
     val_shards: str | None = None
-    """Shard set for the validation loss; none if not given."""
-    size: PositiveInt | tuple[PositiveInt, PositiveInt] = 32
-    """Height and width of the pictures in pixels, one number if they are square. Must be that of the shard set."""
+    """Shard set for the validation loss. Default: no validation."""
+    size: Size = 32
+    """Height and width of the images in pixels; one number for squares. Must equal the size in the shard set."""
     channels: Literal[3, 1] = 3
-    """3 for colour, 1 for grey. Must be that of the shard set."""
+    """3 for color, 1 for grey. Must equal the channels in the shard set."""
     flip: bool = False
-    """Mirror half of the pictures, another half each epoch."""
+    """Mirror a random half of the images, a different half in each epoch."""
     lanes: PositiveInt | None = None
-    """Parallel streams the data is cut into; divides the global batch and is divided by every world size ever used.
+    """Number of parallel streams of data. It must divide the global batch, and every world size must divide it.
     Default: the largest divisor of the global batch up to 64."""
     window: PositiveInt = 256
-    """How far a sample may move within its lane when shuffled, in samples; a lane holds at most so many."""
+    """Size of the shuffle buffer of a lane, in samples: the largest distance that shuffling moves a sample."""
     workers: NonNegativeInt = 2
-    """Loader processes of each rank; 0 reads in the training process. The data does not depend on it."""
+    """Loader processes of each rank; 0: the training process reads. The order of the data does not depend on it."""
 
     @property
     def height_width(self) -> tuple[int, int]:
-        """The pictures' (height, width) in pixels."""
+        """The images' (height, width) in pixels."""
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
 
@@ -100,27 +79,58 @@ class ModelSection(Section):
     base_channels: PositiveInt = 128
     """Channels at full resolution."""
     channel_mults: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 2, 2)
-    """Channels of each resolution level as multiples of base_channels; each level halves the picture."""
+    """Channels of each resolution level as multiples of base_channels; each level halves the image."""
     blocks_per_level: PositiveInt = 2
     """Residual blocks of a level on the way down; one more on the way up."""
     attention_sizes: tuple[PositiveInt, ...] = (16,)
-    """Feature-map sizes, short side in pixels, that get self-attention; the middle always has it."""
+    """Feature maps with self-attention, by the shorter side in pixels; the middle block always has it."""
     head_channels: PositiveInt | None = None
-    """Channels of an attention head; a single head if not given, as in the paper."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Dropout before the second convolution of each residual block."""
+    """Channels of an attention head. Default: a single head, as in the paper."""
+    norm_groups: PositiveInt | Literal["auto"] = "auto"
+    """Groups of each GroupNorm; must divide base_channels. auto: at most 32 groups with at least 4 channels each: in a
+    group of one channel the norm removes what the embedding of time and class adds. A run stores the number."""
+    dropout: Share | Annotated[tuple[Share, ...], Field(min_length=1)] = 0.1
+    """Dropout before the second convolution of each residual block: a number, or one for each level (the middle takes
+    the last), such as 0 at high resolutions (Hoogeboom et al. 2023, arXiv:2301.11093)."""
     num_classes: NonNegativeInt = 0
     """Classes of a class-conditional model; 0 for an unconditional one."""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of training pictures whose label is hidden, so that guidance works. Moot without classes."""
+    """Share of training images whose label is hidden, so that guidance works. No effect without classes."""
     scale_shift: bool = False
     """Time and class scale and shift the normalised features instead of being added (Nichol & Dhariwal 2021)."""
     learned_variance: bool = False
     """The network also outputs the variance of each step (Nichol & Dhariwal 2021, eq. 15)."""
 
     @property
+    def groups(self) -> int:
+        """Number of groups of each GroupNorm."""
+        if self.norm_groups != "auto":
+            return self.norm_groups
+        return max(g for g in range(1, min(32, max(self.base_channels // 4, 1)) + 1) if self.base_channels % g == 0)
+
+    @property
+    def blindness(self) -> str | None:
+        """A warning if some levels cannot see timestep and class, with the remedy; None if all can."""
+        if self.scale_shift or self.groups not in (self.base_channels * mult for mult in self.channel_mults):
+            return None
+        return (
+            f"model.norm_groups={self.groups} leaves one channel a group where channel_mults is "
+            f"{self.groups // self.base_channels}: there the network ignores timestep and class; train anew with "
+            "model.norm_groups=auto"
+        )
+
+    @property
+    def dropout_by_level(self) -> tuple[float, ...]:
+        """Dropout of each level, finest first."""
+        return self.dropout if isinstance(self.dropout, tuple) else (self.dropout,) * len(self.channel_mults)
+
+    def reverse_variance(self, fixed: FixedVariance) -> FixedVariance | Literal["learned"]:
+        """Variance of a reverse step: the network's own if it has learned one, else `fixed`."""
+        return "learned" if self.learned_variance else fixed
+
+    @property
     def stride(self) -> int:
-        """Pixels of the picture to one of the coarsest level: heights and widths are multiples of it."""
+        """Image pixels for each pixel of the coarsest level, along one side; sizes are multiples of it."""
         return 1 << (len(self.channel_mults) - 1)
 
 
@@ -128,111 +138,145 @@ class DiffusionSection(Section):
     """The forward process and what the network is asked to predict."""
 
     timesteps: Annotated[int, Field(ge=2, lt=2**24)] = 1000
-    """Noise levels T."""
+    """Number of noise levels, T."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule: linear of Ho et al. 2020, or cosine of Nichol & Dhariwal 2021."""
+    log_snr_shift: Annotated[float, Field(ge=-12, le=12)] = 0.0
+    """Added to the log-SNR of every timestep: 2 ln(64/size) keeps the noise of 64 px at other sizes, -1.39 at 128 px
+    (Hoogeboom et al. 2023, arXiv:2301.11093)."""
+    log_snr_min: Annotated[float, Field(le=-6)] | None = None
+    """Lowest log-SNR, that of the last timestep; a schedule that goes lower is stretched. Cosine ends at -20, where
+    min_snr leaves the network almost untrained; -9 is the largest noise of Karras et al. 2022 (σ about 80)."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    """What the network predicts: the noise ε, the clean picture x₀, or the velocity v."""
-    loss_weighting: Literal["simple", "min_snr"] = "simple"
-    """Weight of a timestep in the loss: 1 (eq. 14), or min-SNR-γ (Hang et al. 2023)."""
+    """What the network predicts: the noise ε, the clean image x₀, or the velocity v."""
+    loss_weighting: Literal["simple", "min_snr", "soft_min_snr", "sigmoid", "hybrid", "vlb"] = "simple"
+    """Weight of a timestep in the loss. simple: 1 (Ho et al. 2020, eq. 14); min_snr: min-SNR-γ (Hang et al. 2023);
+    soft_min_snr: γ SNR/(SNR + γ) for x₀ (Crowson et al. 2024); sigmoid: sigmoid(b - log SNR) for ε, uniform in log SNR
+    (VDM++, Kingma & Gao 2023; SiD2, Hoogeboom et al. 2024); hybrid, vlb: L_simple + 0.001 L_vlb, or L_vlb alone, with
+    learned variance (Nichol & Dhariwal 2021)."""
     min_snr_gamma: PositiveFloat = 5.0
-    """γ of min_snr."""
+    """γ of min_snr and soft_min_snr."""
+    sigmoid_bias: float = -1.0
+    """b of sigmoid: the lower, the more weight have noisy timesteps; SiD2 takes -1 to -3, lower for larger images."""
 
 
 class TrainSection(Section):
     """How a run spends its compute. A step is one update by one global batch."""
 
     steps: PositiveLength = 800_000
-    """Length of the whole run over all restarts, in steps or epochs (50ep). It may grow later, also after DONE."""
+    """Length of the whole run including restarts, in steps or epochs (50ep). It may grow later, also after DONE."""
     global_batch: PositiveInt = 128
-    """Pictures in a step, over all ranks: the same on 1 GPU and on 64."""
+    """Images in a step, summed over all ranks: the same on 1 GPU and on 64."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
-    """Pictures a rank puts through the network at a time. auto: the most that fits, found once, stored with the run."""
+    """Images in one pass of a rank through the network. auto: the most that fits; found once, stored with the run."""
     lr: PositiveFloat = 2e-4
     """Learning rate of Adam."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a half cosine to 0 at train.steps."""
     lr_stages: tuple[tuple[PositiveLength, PositiveFloat], ...] = ()
-    """[[length, rate], …]: each rate for so many steps or epochs, the last one to the end. Replaces lr when given."""
+    """[[length, rate], …]: each rate for this number of steps or epochs, the last one until the end. Replaces lr."""
     warmup_steps: Length = 5000
     """Linear warm-up from 0, in steps or epochs."""
     clip_norm: PositiveFloat = 1.0
-    """Gradients of a larger total norm are scaled down to it."""
+    """Largest total norm of the gradients; larger ones are scaled down to it."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast of the network; schedule, loss, statistics, weights, optimizer and EMA are float32 in either case."""
+    """Autocast of the network. Schedule, loss, statistics, weights, optimizer and EMA are float32 in either case."""
     checkpointing: Literal["none", "attention", "blocks", "full", "auto"] = "none"
-    """Activations recomputed in the backward pass instead of kept. attention: attention and all that is cheap before a
-    convolution; blocks: convolutions of a block too; full: resampling too; auto: the least that fits the device."""
+    """Activations to recompute in the backward pass instead of storing them. attention: attention and the cheap layers
+    before each convolution; blocks: also convolutions of a block; full: also resampling; auto: as little as fits."""
     compile: bool = False
     """Compile the network's blocks with torch.compile."""
     gradient_compression: Literal["none", "bf16"] = "none"
-    """bf16: processes send each other gradients in half as many bits, and sum them so, for networks that are slow."""
+    """bf16: ranks exchange and sum gradients in bf16, half the bits, for slow connections between them."""
     deterministic: bool = False
-    """Only deterministic kernels: on CUDA the price of bit-identical runs."""
+    """Use deterministic kernels only: slower, but needed for bit-identical runs on CUDA."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    """Decay of the averaged weights after their warm-up."""
+    """Decay of the averaged weights (EMA) after their warm-up."""
     ema_device: Literal["same", "cpu"] = "same"
-    """Where the averaged weights live: with those they follow, or in the host's memory (8 bytes a weight), to save that
-    of a GPU. There the host moves them while the GPU computes the next gradient; their last bits may differ."""
+    """Device of the averaged weights: same as the model, or cpu (8 bytes a weight) to save GPU memory. The CPU updates
+    them while the GPU computes the next gradient; their last bits may differ."""
     init_from: str | None = None
     """Start a new run from the EMA weights of a run, a checkpoint or a diffusers directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is one."""
+    """auto: CUDA if it is available, else the CPU."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    """Fixes weights, order, timesteps, noise and dropout."""
+    """Seed of the initial weights, data order, timesteps, noise and dropout."""
     max_bad_steps: PositiveInt = 10
-    """Consecutive steps with a non-finite loss or gradient after which the run fails; each one is left out."""
+    """Number of consecutive steps with a non-finite loss or gradient after which the run fails; such steps change no
+    weights. The run also fails instead of saving weights that give no finite loss."""
 
 
-class SampleSection(Section):
-    """How pictures are drawn; each key is also a flag of `ddpm sample`."""
+class SamplingOptions(Section):
+    """How images are drawn; all keys but timesteps and max_step_ratio are also options of `ddpm sample`."""
 
-    sampler: Literal["ddpm", "ddim", "dpmpp", "heun"] = "ddpm"
-    """Ancestral DDPM, DDIM, DPM-Solver++(2M), or Heun."""
+    sampler: SamplerName = "ddpm"
+    """Sampling method: ancestral DDPM, DDIM, DPM-Solver++ of order 2 (dpmpp) or 3 (dpmpp3m), or Heun. `ddpm sample
+    --steps N` alone takes the best one for N steps."""
     steps: PositiveInt | None = None
-    """Steps of the sampler. Default: every timestep for ddpm, 50 for the others."""
+    """Steps of the sampler. Default: every timestep for ddpm, 50 for ddim, 25 for the others."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """DDIM's η: 0 deterministic, 1 as noisy as DDPM."""
-    spacing: Literal["uniform", "quadratic", "trailing", "leading"] = "uniform"
-    """Which timesteps a shorter sampler visits."""
-    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
-    """Variance of a DDPM step: β, or the posterior's. A model with learned variance brings its own."""
+    """Noise of ddim, η: 0 is deterministic, 1 adds as much noise as ddpm."""
+    spacing: Spacing = "auto"
+    """Which timesteps the steps visit. auto: the best for the sampler."""
+    timesteps: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
+    """The timesteps to visit, descending, instead of steps and spacing."""
+    max_step_ratio: PositiveFloat | None = 2.0
+    """dpmpp and dpmpp3m take a step with order 1 if it is longer than the previous one by this factor; null: never."""
+    variance: FixedVariance = "fixed_large"
+    """Variance of a ddpm step: β (fixed_large), or that of the posterior (fixed_small). A model that has learned its
+    variance uses its own."""
     guidance: NonNegativeFloat = 1.0
-    """Classifier-free guidance: 1 is the plain conditional model, more follows the label harder."""
+    """Strength of guidance, by the label or by another model: 1 is none, more follows the label more closely."""
+    guidance_interval: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    """First and last timestep with guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724). Default: all timesteps."""
+    dynamic_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Before clipping, divide x₀ by this quantile of its absolute values where that is above 1, such as 0.995: for
+    strong guidance (Saharia et al. 2022, arXiv:2205.11487). Default: only clip."""
     batch: PositiveInt = 64
-    """Pictures drawn together. Bits are equal only between runs with equal batch."""
+    """Images drawn together. The last bits of an image depend on it."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Number format of the network. Default: as trained."""
+    label: NonNegativeInt | None = None
+    """Class of all images, a number from 0. Default: all classes in turn, by seed."""
+    size: Size | None = None
+    """Height and width of the images in pixels. Default: as trained."""
     compile: bool = False
-    """Compile the network's blocks with torch.compile; previews do without. It changes the last bits, so that a set is
-    drawn wholly with it or without; on a GPU they may also differ between processes, which choose kernels by speed."""
+    """Compile the network's blocks with torch.compile; previews do not. It changes the last bits, so a sample set is
+    drawn either wholly with it or wholly without; on a GPU the bits may also differ between processes."""
+
+    @property
+    def height_width(self) -> tuple[int, int] | None:
+        """(height, width) in pixels, if given."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 class RunSection(Section):
-    """Where a run lives and how often it does what, in steps."""
+    """Where a run is stored and how often it saves, previews, validates and logs."""
 
     dir: str = ""
-    """The run's directory. The same command on the same directory goes on from its newest checkpoint."""
+    """Directory of the run. The same command with the same directory resumes from the newest checkpoint."""
     checkpoint_every: PositiveLength = 5000
     """Steps between checkpoints."""
     keep_last: Annotated[int, Field(ge=2)] = 3
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_every: Length = 0
-    """Checkpoints at multiples of this are kept for good; 0 keeps none but the newest."""
+    """Checkpoints at multiples of this are kept forever; 0: only the newest are kept."""
     preview_every: Length = 5000
-    """Steps between picture grids made with EMA weights from fixed seeds; 0 for none."""
+    """Steps between preview grids, drawn with EMA weights from fixed seeds; 0: no previews."""
     preview_samples: PositiveInt = 64
-    """Pictures in a grid."""
+    """Images in a preview grid."""
     preview_steps: PositiveInt = 50
     """DDIM steps of a preview."""
     val_every: Length = 5000
-    """Steps between validation losses; 0 for none."""
+    """Steps between validation losses; 0: no validation."""
     val_samples: PositiveInt = 5000
-    """Pictures of data.val_shards in a validation loss."""
+    """Images of data.val_shards that a validation loss uses."""
     log_every: PositiveLength = 50
     """Steps between lines in TensorBoard and log.jsonl."""
     timeout: Duration = 600.0
     """How long ranks wait for each other before the run fails: seconds, or 10m."""
     time_limit: Duration | None = None
-    """Save and stop, to be started again, before so much time is over: seconds, or 12h."""
+    """Save and stop before this time is over, so that the run can be started again: seconds, or 12h."""
 
 
 class Config(Section):
@@ -242,7 +286,7 @@ class Config(Section):
         json_schema_extra=lambda schema: schema["properties"].update(
             base={
                 "type": "string",
-                "description": "A configuration file whose values hold where this one says nothing.",
+                "description": "A parent configuration file: its values apply where this file gives none.",
             }
         )
     )
@@ -251,64 +295,87 @@ class Config(Section):
     model: ModelSection = ModelSection()
     diffusion: DiffusionSection = DiffusionSection()
     train: TrainSection = TrainSection()
-    sample: SampleSection = SampleSection()
+    sample: SamplingOptions = SamplingOptions()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
-    def _agree(self) -> Config:
-        (height, width), levels = self.data.height_width, len(self.model.channel_mults)
-        stride = self.model.stride
-        batch, lanes, micro = self.train.global_batch, self.data.lanes, self.train.micro_batch
-        contradictions = {
-            f"data.size {height}x{width} cannot be halved {levels - 1} times: take a multiple of {stride}, "
-            "or fewer model.channel_mults": bool(height % stride or width % stride),
-            f"train.global_batch {batch} is not a multiple of data.lanes {lanes}: change one of them": (
-                lanes is not None and batch % lanes != 0
-            ),
-            f"train.global_batch {batch} is not a multiple of train.micro_batch {micro}: change one of them": (
-                micro != "auto" and batch % micro != 0
-            ),
-            f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} exclude each other: drop one": (
-                bool(self.train.lr_stages) and self.train.lr_schedule != "constant"
-            ),
-            f"sample.steps {self.sample.steps} exceeds diffusion.timesteps {self.diffusion.timesteps}: lower it": (
-                (self.sample.steps or 0) > self.diffusion.timesteps
-            ),
-        }
-        if found := [text for text, holds in contradictions.items() if holds]:
-            raise ValueError("\n".join(found))
+    def _check_combinations(self) -> Config:
+        """Refuse settings that contradict each other, all of them at once."""
+        problems = [*self._model_problems(), *self._training_problems(), *self._sampling_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
-    def in_steps(self, samples: int) -> Config:
+    def _model_problems(self) -> Iterator[str]:
+        (height, width), levels, stride = self.data.height_width, len(self.model.channel_mults), self.model.stride
+        groups, base, dropout = self.model.norm_groups, self.model.base_channels, self.model.dropout
+        if groups != "auto" and base % groups:
+            yield f"model.norm_groups {groups} does not divide model.base_channels {base}: change one of them"
+        if isinstance(dropout, tuple) and len(dropout) != levels:
+            yield f"model.dropout has {len(dropout)} numbers for {levels} levels: give one for each"
+        if self.diffusion.loss_weighting in ("hybrid", "vlb") and not self.model.learned_variance:
+            weighting = self.diffusion.loss_weighting
+            yield f"diffusion.loss_weighting={weighting} needs model.learned_variance=true: set it"
+        if height % stride or width % stride:
+            yield (
+                f"data.size {height}x{width} cannot be halved {levels - 1} times: take a multiple of {stride}, "
+                "or fewer model.channel_mults"
+            )
+
+    def _sampling_problems(self) -> Iterator[str]:
+        total, options = self.diffusion.timesteps, self.sample
+        interval, visited = options.guidance_interval, options.timesteps
+        if interval and not interval[0] <= interval[1] < total:
+            yield f"sample.guidance_interval {interval} is not within the timesteps [0, {total}): give [first, last]"
+        if visited and options.spacing != "auto":
+            yield f"sample.timesteps and sample.spacing={options.spacing} exclude each other: drop one"
+        if visited and list(visited) != sorted({t for t in visited if t < total}, reverse=True):
+            yield f"sample.timesteps must descend within [0, {total}): sort them and drop repetitions"
+        if (options.steps or 0) > total:
+            yield f"sample.steps {options.steps} exceeds diffusion.timesteps {total}: lower it"
+
+    def _training_problems(self) -> Iterator[str]:
+        batch, lanes, micro = self.train.global_batch, self.data.lanes, self.train.micro_batch
+        if lanes and batch % lanes:
+            yield f"train.global_batch {batch} is not a multiple of data.lanes {lanes}: change one of them"
+        if micro != "auto" and batch % micro:
+            yield f"train.global_batch {batch} is not a multiple of train.micro_batch {micro}: change one of them"
+        if self.train.lr_stages and self.train.lr_schedule != "constant":
+            yield f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} exclude each other: drop one"
+
+    def in_steps(self, samples: int, past: Sequence[tuple[int, int]] = ()) -> Config:
         """The same configuration with every length in steps.
 
         Args:
-            samples: pictures in an epoch.
+            samples: images in an epoch.
+            past: as in `EpochCounter`.
+
+        Raises:
+            ConfigError: a length that must be positive comes to 0 steps.
         """
-
-        def steps(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return [steps(item) for item in value]
-            if isinstance(value, str) and (match := _EPOCHS.fullmatch(value)):
-                return ceil(Fraction(match[1]) * samples / self.train.global_batch)
-            return value
-
-        values = self.model_dump()
+        counter, values = EpochCounter(samples, self.train.global_batch, past), self.model_dump()
         for section, key in _LENGTHS:
-            values[section][key] = steps(values[section][key])
+            values[section][key] = counter.in_steps(values[section][key])
+        begun, stages = 0, []
+        for length, rate in self.train.lr_stages:
+            stages.append((counter.in_steps(length, begun), rate))
+            begun += stages[-1][0]
+        values["train"]["lr_stages"] = stages
         try:
             return Config.model_validate(values)
         except ValidationError as error:  # 0ep is a length, but not of a run
-            keys = ", ".join(".".join(map(str, problem["loc"][:2])) for problem in error.errors())
-            raise ConfigError(f"{keys}: no steps at {samples} pictures an epoch: give a longer one") from error
+            keys = ", ".join(dict.fromkeys(".".join(map(str, problem["loc"][:2])) for problem in error.errors()))
+            raise ConfigError(f"{keys}: no steps at {samples} images an epoch: give a longer one") from error
 
 
-_LENGTHS = [("train", "steps"), ("train", "lr_stages"), ("train", "warmup_steps")]
+PATHS = {("data", "shards"), ("data", "val_shards"), ("train", "init_from"), ("run", "dir")}
+"""Settings that are paths or URLs: text, however much it looks like a number."""
+_LENGTHS = [("train", "steps"), ("train", "warmup_steps")]
 _LENGTHS += [("run", key) for key in RunSection.model_fields if key.endswith("_every")]
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """`section.key` → (old value, new value), for all keys that differ."""
+    """The keys that differ: `section.key` → (old value, new value)."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     pairs = {f"{s}.{key}": (value, after[s][key]) for s, values in before.items() for key, value in values.items()}
     return {key: (value, other) for key, (value, other) in pairs.items() if value != other}

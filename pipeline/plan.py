@@ -1,4 +1,4 @@
-"""Job: what a configuration means before it runs: memory and time on a GPU, who can share it, sizes on disk."""
+"""Job: what a configuration needs before it runs: memory and time on a GPU, numbers of ranks, sizes on disk."""
 
 from __future__ import annotations
 
@@ -8,44 +8,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints.safetensors_buffer import TensorFile
 from pipeline.config import Config
-from pipeline.data.order import allowed_worlds, default_lanes
+from pipeline.data.loading.order import allowed_worlds, default_lanes
+from pipeline.diffusion.process import DiffusionProcess
 from pipeline.errors import ConfigError
-from pipeline.footprint import POLICIES, trace
 from pipeline.model.unet import UNet
-from pipeline.run import memory
-from pipeline.run.flops import PEAK_TFLOP_PER_S
-from pipeline.run.tensorfile import TensorFile
+from pipeline.monitoring.flops import PEAK_TFLOP_PER_S
+from pipeline.training import micro_batch
+from pipeline.training.memory_estimate import POLICIES, trace
 
 SAMPLES = 1000
-"""Samples whose size on disk is bounded."""
+"""Number of samples whose size on disk is estimated."""
 
 UTILISATION = 0.4
-"""Share of a GPU's peak rate that its images/s are reckoned with: a goal at 64 px, not a measurement."""
+"""Share of a GPU's peak rate for the estimate of images/s: a goal at 64 px, not a measurement."""
 
 SPARE_BYTES = 3 * 2**28
-"""Of a GPU's memory, for CUDA's context and cuDNN's workspaces."""
+"""GPU memory reserved for CUDA's context and cuDNN's workspaces."""
 SPARE_SHARE = 0.1
-"""On top of the estimated peak, for its error and for gaps between what is allocated."""
+"""Added to the estimated peak, for its error and for fragmentation."""
 
 GPUS = {name.lower().removeprefix("rtx ").replace(" ", "-"): rate * 1e12 for name, rate in PEAK_TFLOP_PER_S.items()}
 """FLOP/s of a GPU, in dense bfloat16."""
 
 
 def plan(config: Config, samples: int | None = None) -> dict[str, Any]:
-    """Figures of a run, without a GPU, data or memory for weights.
+    """Parameters, allowed world sizes and sizes on disk, without a GPU, data or memory for weights.
 
     Args:
-        config: lengths may be in epochs.
-        samples: pictures in an epoch; with it, lengths in steps are among the figures.
+        config: the run; lengths may be in epochs.
+        samples: images in an epoch; if given, the result has lengths in steps.
 
     Returns:
         `parameters`, `global_batch`, `lanes`, `world_sizes` (allowed numbers of ranks), `checkpoint_bytes`,
         `samples_bytes_at_most` (of 1,000 samples as tars of PNGs), and `lengths` (key → steps) if `samples` is given.
 
     Raises:
-        ConfigError: the network cannot be built like that, or a length comes to no step.
+        ConfigError: the network cannot be built with this configuration, or a length is 0 steps.
     """
+    DiffusionProcess.of(config.diffusion)  # refuses an impossible schedule
     lanes = config.data.lanes or default_lanes(config.train.global_batch)
     with torch.device("meta"):
         network = UNet(config.model, channels=config.data.channels, size=config.data.height_width)
@@ -65,28 +67,28 @@ def plan(config: Config, samples: int | None = None) -> dict[str, Any]:
 def on_a_gpu(
     config: Config, *, memory_bytes: int | None = None, gpu: str | None = None, flops: float | None = None
 ) -> dict[str, Any]:
-    """What one GPU has to bear that takes the whole global batch, in passes of a micro-batch; without that GPU.
+    """Memory and time of a step on one GPU that processes the whole global batch, estimated without that GPU.
 
     Args:
-        config: lengths may be in epochs.
-        memory_bytes: of the GPU; with it, `fits` and `auto` are known.
-        gpu: one of `GPUS`; with it or `flops`, images/s are known.
-        flops: floating-point operations that the GPU was seen to do in a second of training.
+        config: the run; lengths may be in epochs.
+        memory_bytes: memory of the GPU; needed for `fits` and `auto`.
+        gpu: one of `GPUS`; this or `flops` is needed for images/s.
+        flops: FLOP/s measured in training on the GPU.
 
     Returns:
-        `forward_flops_per_image`; `flops_per_step`, with what the configured checkpointing, or the one that `auto`
-        would take, computes twice; `memory_bytes`, and `flops_per_s` that are reckoned with; `policies`, a row for each
-        checkpointing policy and micro-batch: `checkpointing`, `micro_batch`, `flops_per_step`, `saved_bytes`,
-        `peak_bytes`, `fits`, `images_per_s`; `auto`, the `checkpointing` and `micro_batch` that the trainer would
-        settle on. What is not known is None.
+        `forward_flops_per_image`; `flops_per_step`, including recomputation by the configured checkpointing (or the one
+        that `auto` chooses); the assumed `memory_bytes` and `flops_per_s`; `policies`, a row for each checkpointing
+        policy and micro-batch: `checkpointing`, `micro_batch`, `flops_per_step`, `saved_bytes`, `peak_bytes`, `fits`,
+        `images_per_s`; `auto`, the `checkpointing` and `micro_batch` that the trainer would choose. Unknown values are
+        None.
 
     Raises:
-        ConfigError: the network cannot be built like that, or nobody knows the GPU.
+        ConfigError: the network cannot be built with this configuration, or the GPU is not known.
     """
     section, rate, footprints = config.train, _rate(config, gpu, flops), trace(config)
     batch, rows = section.global_batch, []
     for policy, footprint in footprints.items():
-        for size in memory.micro_batches(batch, torch.device("cuda")):
+        for size in micro_batch.sizes_to_try(batch, torch.device("cuda")):
             peak_bytes = footprint.peak_bytes(size, accumulating=size < batch)
             rows.append({
                 "checkpointing": policy,
@@ -110,7 +112,7 @@ def on_a_gpu(
 
 
 def as_text(figures: dict[str, Any]) -> str:
-    """The figures of `plan` and `on_a_gpu` as tables to read."""
+    """The results of `plan` and `on_a_gpu` as text tables."""
     rows = {
         "parameters": f"{figures['parameters']:,}",
         "global batch": f"{figures['global_batch']}, in {figures['lanes']} lanes",
@@ -120,7 +122,7 @@ def as_text(figures: dict[str, Any]) -> str:
     }
     rows |= {key: f"{value:,}" for key, value in figures.get("lengths", {}).items()}
     rows |= {
-        "FLOPs a picture": f"{figures['forward_flops_per_image'] / 1e9:,.1f} G forward",
+        "FLOPs an image": f"{figures['forward_flops_per_image'] / 1e9:,.1f} G forward",
         "FLOPs a step": f"{figures['flops_per_step'] / 1e12:,.2f} T, forward and backward",
     }
     lines = [f"{name:<24} {text}" for name, text in rows.items()]
@@ -142,29 +144,29 @@ def _memory_table(figures: dict[str, Any]) -> list[str]:
 
 
 def _advice(figures: dict[str, Any]) -> str:
-    """What `auto` would do."""
+    """The line about `train.checkpointing: auto`."""
     if figures["memory_bytes"] is None:
         return "checkpointing auto: give --memory to see what it takes"
     within = f"within {figures['memory_bytes'] / 2**30:,.1f} GiB"
     if figures["auto"] is None:
-        return f"checkpointing auto: nothing fits {within}: take a smaller model or smaller pictures"
+        return f"checkpointing auto: nothing fits {within}: take a smaller model or smaller images"
     return "checkpointing auto: {checkpointing}, micro-batch {micro_batch}, ".format(**figures["auto"]) + within
 
 
 def _auto(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What `train.checkpointing: auto` would settle on, in the trainer's own order."""
+    """What `train.checkpointing: auto` would choose, by the trainer's own rule; None if nothing fits."""
     fits = {(row["checkpointing"], row["micro_batch"]): row["fits"] for row in rows}
     fixed = config.train.micro_batch
     sizes = sorted({row["micro_batch"] for row in rows}, reverse=True) if fixed == "auto" else [fixed]
     try:
-        policy, size = memory.what_fits(lambda policy, size: fits[policy, size], POLICIES, sizes)
+        policy, size = micro_batch.choose_what_fits(lambda policy, size: fits[policy, size], POLICIES, sizes)
     except ConfigError:
         return None
     return {"checkpointing": policy, "micro_batch": size}
 
 
 def _rate(config: Config, gpu: str | None, flops: float | None) -> float | None:
-    """Floating-point operations a second."""
+    """FLOP/s to assume; None if not known."""
     if gpu is None or flops is not None:
         return flops
     if gpu.lower() not in GPUS:
@@ -175,22 +177,23 @@ def _rate(config: Config, gpu: str | None, flops: float | None) -> float | None:
 
 
 def _can_share(config: Config, ranks: int) -> bool:
+    """Whether the share of a rank is a whole number of micro-batches."""
     micro = config.train.micro_batch
     return micro == "auto" or config.train.global_batch // ranks % micro == 0
 
 
 def _checkpoint_bytes(network: torch.nn.Module) -> int:
-    """Of the three files of tensors; what lies beside them is a few kilobytes."""
+    """Bytes of the three tensor files; the other files have a few kilobytes."""
     weights = network.state_dict()
     optimizer: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
         optimizer |= {f"exp_avg.{name}": parameter, f"exp_avg_sq.{name}": parameter, f"step.{name}": torch.empty(())}
-    # The buffer behind a TensorFile is never written to, so it takes address space and no memory.
+    # The buffer of a TensorFile is never written, so it takes address space but no memory.
     return sum(len(piece) for part in (weights, weights, optimizer) for piece in TensorFile(part).pieces())
 
 
 def _sample_bytes(config: Config) -> int:
-    """The most that a sample takes in a tar: a PNG that does not compress, its JSON and class, headers and padding."""
+    """Upper bound of a sample in a tar: an incompressible PNG, its JSON and class, headers and padding."""
     height, width = config.data.height_width
     raw = height * (width * config.data.channels + 1)
     deflated = raw + 5 * ceil(raw / 16_000) + 16
@@ -200,7 +203,7 @@ def _sample_bytes(config: Config) -> int:
 
 
 def _lengths(config: Config, samples: int) -> dict[str, int]:
-    """Steps of everything that can be given in epochs, and of an epoch."""
+    """Steps of an epoch, and of every setting that can be given in epochs."""
     run = config.run.model_dump()
     return {
         "steps_per_epoch": ceil(samples / config.train.global_batch),

@@ -1,21 +1,23 @@
-"""Job: look at every byte of a shard set, a sample set, a run or a checkpoint, and name what is wrong."""
+"""Job: check every byte of a shard set, a sample set, a run or a checkpoint, and report what is damaged."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import TypeVar
 
-from pipeline import storage
-from pipeline.data import integrity, pool, sampleset
-from pipeline.data.shardset import ShardSet
+from pipeline.checkpoints.checkpoint import find_checkpoint, verify_checkpoints
+from pipeline.checkpoints.run_dir import RunDir
+from pipeline.cluster.interrupt import Interrupt
+from pipeline.data.shards import sample_set
+from pipeline.data.shards import verify as verify_shards
+from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, NoCheckpoint, Stopped
-from pipeline.run import checkpoint
-from pipeline.run.interrupt import Interrupt
-from pipeline.run.progress import Progress
+from pipeline.monitoring.progress import Progress
+from pipeline.processes import pool
+from pipeline.storage import files
 
 _T = TypeVar("_T")
 
@@ -25,23 +27,23 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
 
     Args:
         path: directory or URL.
-        quiet: no progress.
+        quiet: no progress bar.
 
     Returns:
-        One line a finding, naming the file and where in it; none if all is sound.
+        One line for each finding, with the file and the sample; none if everything is intact.
 
     Raises:
-        ConfigError: there is nothing of this name, or it is none of these.
-        DataError: a store cannot be reached, or does not give parts of files.
+        ConfigError: `path` does not exist, or is none of these.
+        DataError: a store cannot be reached, or cannot read parts of files.
         Stopped: on request.
     """
-    if not storage.is_dir(path):
+    if not files.is_dir(path):
         raise ConfigError(f"{path}: no such directory: give a shard set, a sample set, a run or a checkpoint")
-    names = set(storage.listdir(path))
-    is_run = bool(names & {"config.yaml", "checkpoints"})
+    names, run = files.listdir(path), RunDir(path)
+    is_run = files.exists(run.config) or files.exists(run.checkpoints)
     with Interrupt() as interrupt:
 
-        def go_on() -> None:
+        def check_stop() -> None:
             if interrupt.requested:
                 raise Stopped(f"stopped by {interrupt.requested}: nothing is proved about {path}; start again")
 
@@ -49,47 +51,49 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
             unit = "checkpoints" if is_run else "shards"
             with Progress(len(items), "verifying", unit=unit, quiet=quiet) as progress:
                 for item in items:
-                    go_on()
+                    check_stop()
                     yield item
                     progress.advance()
 
         if "manifest.json" in names:
             return _verify_checkpoint(path)
         if is_run:
-            return checkpoint.verify(path, each)
+            return verify_checkpoints(path, each)
         if "index.json" in names or any(name.endswith(".tar") for name in names):
-            return integrity.verify(path, partial(_side_by_side, interrupt=interrupt, go_on=go_on, quiet=quiet))
-        if any(sampleset.RECORD.fullmatch(name) for name in names):
-            return sampleset.verify(path, each)
+            return verify_shards.verify(
+                path, partial(_in_parallel, interrupt=interrupt, check_stop=check_stop, quiet=quiet)
+            )
+        if any(sample_set.RECORD.fullmatch(name) for name in names):
+            return sample_set.verify(path, each)
     raise ConfigError(f"{path} is neither a shard set, a sample set, a run nor a checkpoint: give one of these")
 
 
 def _verify_checkpoint(path: str) -> list[str]:
     try:
-        checkpoint.find(path)
+        find_checkpoint(path)
     except NoCheckpoint as error:
         return [str(error)]
     return []
 
 
-def _side_by_side(
-    shards: ShardSet, *, interrupt: Interrupt, go_on: Callable[[], None], quiet: bool
+def _in_parallel(
+    shards: ShardSet, *, interrupt: Interrupt, check_stop: Callable[[], None], quiet: bool
 ) -> Iterator[list[str]]:
-    """The findings in each shard, several shards at a time; a picture that crashes its decoder is one of them."""
+    """Check several shards at a time; an image that crashes its decoder is a finding too."""
     count, started, done = len(shards.shards), time.monotonic(), 0
     findings = pool.run(
-        integrity.check,
+        verify_shards.check,
         ([i] for i in range(count)),
         setup=partial(ShardSet.indexed, shards.url),
-        workers=min(len(os.sched_getaffinity(0)), count),
+        workers=min(pool.cores(), count),
         stop=lambda: interrupt.requested is not None,
-        bury=integrity.bury,
+        on_worker_death=verify_shards.on_worker_death,
         cpu_limit_s=pool.NO_LIMIT_S,
     )
     with Progress(count, "verifying", unit="shards", quiet=quiet) as progress, closing(findings):
-        for record, found in zip(shards.shards, findings):
+        for record, (of_shard,) in zip(shards.shards, findings):
             done += record.bytes
-            progress.note(f"{done / (time.monotonic() - started) / 1e6:.0f} MB/s")
+            progress.set_postfix(f"{done / (time.monotonic() - started) / 1e6:.0f} MB/s")
             progress.advance()
-            yield found[0]
-    go_on()
+            yield of_shard
+    check_stop()

@@ -8,13 +8,47 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.shard import shard
+from tests.jobs import shard
 from tests.launch import TINY, ddpm
 
+# Several pytest workers share the cores: threads that wait for a core cost ten times their work.
+torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would everything that is started here
 
 ROOT = Path(__file__).parent.parent
+LONG = (
+    "slurm/test_train.py", "multiprocess", "training/test_trainer.py", "laws", "container", "test_train.py", "remote",
+    "test_shard.py", "slurm", "test_cli.py", "sampling/test_generator.py", "diffusion/test_samplers.py", "test_plan.py",
+    "diffusion/test_sampler_truth.py", "training/test_memory_estimate.py", "data/loading", "test_index.py",
+    "test_doctor.py", "data/shards/test_damage.py", "processes/test_pool.py", "training/test_start.py",
+    "model/test_unet.py", "cluster", "test_sample.py", "data/sources/test_parquet.py",
+)  # fmt: skip
+"""Files and directories with the longest tests, longest first; the files of slurm, which share a cluster, lie apart."""
+
+
+def _is_in(path: Path, long: str) -> bool:
+    name = path.relative_to(ROOT / "tests").as_posix()
+    return name == long or name.startswith(f"{long}/")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="Leave out the files and directories in LONG of conftest.py.")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    is_long = collection_path != ROOT / "tests" and any(_is_in(collection_path, long) for long in LONG)
+    return True if is_long and config.getoption("--quick") else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest files: a worker that began one last would work alone at the end."""
+
+    def turn(item: pytest.Item) -> int:
+        return next((i for i, long in enumerate(LONG) if _is_in(item.path, long)), len(LONG))
+
+    items.sort(key=turn)  # stable, so the tests of a file stay together
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -11,18 +10,23 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.run import checkpoint
+from pipeline.checkpoints import checkpoint
+from tests import warm
+from tests.warm import ENVIRONMENT
 
 _TINY_YAML = Path(__file__).parent / "tiny.yaml"
 TINY = ("--config", str(_TINY_YAML))
 """A network of a few thousand parameters on 8-px digits."""
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def ddpm(job: str, *arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def command(job: str, *arguments: object) -> list[str]:
+    """`ddpm JOB …` of this source tree."""
+    return [sys.executable, "-c", "from pipeline.cli import main; main()", job, *map(str, arguments)]
+
+
+def ddpm(job: str, *arguments: object, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `ddpm JOB …` to its end."""
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", job, *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return warm.run(command(job, *arguments), env={**ENVIRONMENT, **environment}, timeout_s=timeout_s)
 
 
 def start(
@@ -33,9 +37,9 @@ def start(
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     if processes > 1:
         launcher.append("--multi_gpu")  # the way to several ranks also without any GPU
-    command = [*launcher, "-m", f"{package}.{job}", *map(str, arguments)]
     with log.open("ab") as output:
-        return subprocess.Popen(command, env={**ENVIRONMENT, **environment}, stdout=output, stderr=output)
+        asked = [*launcher, "-m", f"{package}.{job}", *map(str, arguments)]
+        return warm.Popen(asked, env={**ENVIRONMENT, **environment}, stdout=output, stderr=output)
 
 
 def launch(processes: int, job: str, *arguments: object, log: Path, timeout_s: float = 180, **options: str) -> int:
@@ -69,8 +73,8 @@ def kill(launcher: subprocess.Popen[bytes]) -> None:
 
 def ranks(launcher: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
     """The processes that train, by rank."""
-    children = psutil.Process(launcher.pid).children()
-    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+    children = [(child, child.name().split()) for child in psutil.Process(launcher.pid).children()]
+    return {int(name[1]): child for child, name in children if name[0] == "rank"}  # tests.warm names them
 
 
 def gone(process: psutil.Process) -> bool:

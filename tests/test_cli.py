@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 from pipeline.cli import app, main
-from pipeline.run.interrupt import SIGNALS, Interrupt
+from pipeline.cluster.interrupt import SIGNALS, Interrupt
 from tests import disk
 from tests.launch import ENVIRONMENT, TINY, ddpm
 
@@ -67,7 +67,7 @@ def test_a_stop_request_outside_of_the_work_ends_with_75_and_two_within_it_with_
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_file_that_ends_too_early_is_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_ends_too_early_is_reported_in_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     def torn(*_: object, **__: object) -> None:
         raise EOFError("Compressed file ended before the end-of-stream marker was reached")
 
@@ -90,7 +90,7 @@ def test_a_process_that_is_stopped_while_it_imports_torch_ends_with_75(tiny_run:
     assert not (tmp_path / "o").exists()
 
 
-def test_the_command_is_there_and_ends_with_the_code_of_its_error() -> None:
+def test_each_command_exists_and_exits_with_the_code_of_its_error() -> None:
     assert ddpm("--help").returncode == 0
     wrong = ddpm("train", "--config", "/nowhere.yaml")
     assert wrong.returncode == 2
@@ -169,7 +169,7 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(
     assert not (tiny_run / "checkpoints/step_00000009").exists()
 
 
-def test_an_insisted_on_key_may_change(digits: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_an_overridden_key_may_change(digits: Path, tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run, tmp_path / "run")
     arguments = (*TINY, f"data.shards={digits}", f"run.dir={tmp_path / 'run'}", "train.steps=7", "train.clip_norm=0.5")
     result = ddpm("train", *arguments, "--override", "train.clip_norm")
@@ -203,6 +203,8 @@ def test_a_directory_that_is_no_sample_set_is_left_alone(refused: Refused, tiny_
         (("--seeds", "1", "--out", "o", "--batch", "3", "--shard-samples", "4"), 2, "--shard-samples 4"),
         (("--seeds", "1", "--video", "v.avi"), 2, ".mp4"),
         (("--seeds", "1", "--grid", "g.png", "--guidance", "inf"), 2, "--guidance inf"),
+        (("--seeds", "1", "--grid", "g.png", "--dynamic-threshold", "0"), 2, "--dynamic-threshold 0.0"),
+        (("--seeds", "1", "--grid", "g.png", "--guidance-interval", "5"), 2, "--guidance-interval 5: write FIRST-LAST"),
         (("--seeds", "0-9", "--out", "o", "--video", "v.gif"), 2, "--video v.gif"),
         (("--seeds", "0-9", "--out", "o", "--grid", "g.jpg"), 2, "--grid g.jpg: the sheet is a PNG"),
         (("--seeds", "0-9", "--out", "o", "--grid", "."), 2, ". is a directory"),
@@ -274,7 +276,7 @@ def test_a_full_disk_costs_the_save_and_not_the_run(digits: Path, small_disk: Pa
     arguments = (*TINY, f"data.shards={digits}", f"run.dir={small_disk / 'run'}", "train.steps=4")
     result = ddpm("train", *arguments)
     assert result.returncode == 3
-    assert "step 2 is not saved, training goes on" in result.stderr
+    assert "step 2 is not saved, training continues" in result.stderr
     assert "make room" in result.stderr.splitlines()[-1]
     assert not list(small_disk.rglob("*.tmp"))
     (small_disk / "ballast").unlink()
@@ -282,7 +284,7 @@ def test_a_full_disk_costs_the_save_and_not_the_run(digits: Path, small_disk: Pa
 
 
 @pytest.mark.parametrize("job", ["shard", "train", "sample"])
-def test_a_place_that_cannot_be_written_is_one_line(
+def test_an_unwritable_path_is_reported_in_one_line(
     refused: Refused, digits: Path, tiny_run: Path, tmp_path: Path, job: str
 ) -> None:
     arguments: dict[str, tuple[object, ...]] = {

@@ -6,15 +6,20 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from pipeline.config import Config, TrainSection, differences
-from pipeline.configfile import dump, parse
+from pipeline.config import Config, ModelSection, TrainSection, differences
+from pipeline.config_file import dump, load, parse_stored
 from pipeline.errors import ConfigError
+
+
+def parse(text: str) -> Config:
+    return load("c.yaml", (), lambda _: text)
 
 
 def complaints(text: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse(text, "c.yaml")
+        parse(text)
     return str(caught.value).splitlines()
 
 
@@ -31,6 +36,40 @@ def test_durations_have_units(text: str, seconds: float) -> None:
 def test_one_number_is_a_square() -> None:
     assert parse("data: {size: 32}").data.height_width == (32, 32)
     assert parse("data: {size: [32, 48]}").data.height_width == (32, 48)
+
+
+NUMBERS = sorted({
+    f"{section}.{key}" for section, values in Config().model_dump().items() for key in values
+    if "number" in str(getattr(Config(), section).model_json_schema()["properties"][key])
+})  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1.0e+999"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_that_is_not_finite_is_refused(key: str, value: str) -> None:
+    section, _, field = key.partition(".")
+    (complaint,) = complaints(f"{section}: {{{field}: {f'[[1, {value}]]' if field == 'lr_stages' else value}}}")
+    assert key in complaint
+
+
+def test_every_kind_of_number_was_tried() -> None:
+    assert set(NUMBERS) >= {
+        "train.lr", "train.lr_stages", "train.clip_norm", "diffusion.min_snr_gamma", "train.ema_decay",
+        "model.dropout", "sample.guidance", "sample.eta", "run.timeout", "run.time_limit",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("base", [*range(4, 258, 2)])
+def test_automatic_norm_groups_divide_the_base_and_leave_four_channels_or_more_to_a_group(base: int) -> None:
+    groups = ModelSection(base_channels=base).groups
+    assert base % groups == 0 and base // groups >= 4 and groups <= 32
+    assert groups == max(n for n in range(1, 33) if base % n == 0 and base // n >= 4)
+
+
+def test_automatic_norm_groups_of_wide_networks_are_the_papers_and_a_number_is_taken_as_it_is() -> None:
+    assert [ModelSection(base_channels=base).groups for base in (128, 256)] == [32, 32]
+    assert ModelSection(base_channels=32, norm_groups=32).groups == 32
+    assert parse("model: {base_channels: 32}").model.norm_groups == "auto"
 
 
 # --- rules between settings ---
@@ -60,7 +99,7 @@ def test_settings_that_do_not_go_together_name_both(text: str, one: str, cure: s
     assert complaint.startswith(f"c.yaml: {one}") and cure in complaint
 
 
-def test_all_contradictions_are_told_at_once() -> None:
+def test_all_contradictions_are_reported_at_once() -> None:
     assert len(complaints("data: {size: 36, lanes: 3}")) == 2
 
 
@@ -128,7 +167,7 @@ _configs = st.builds(
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(_configs)
 def test_to_yaml_is_read_back_to_an_equal_configuration(config: Config) -> None:
-    assert parse(dump(config)) == config
+    assert parse_stored(dump(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -141,7 +180,7 @@ def test_to_yaml_is_read_back_to_an_equal_configuration(config: Config) -> None:
 )  # fmt: skip
 def test_to_yaml_keeps_text_text(text: str) -> None:
     config = Config.model_validate({"run": {"dir": text}, "data": {"shards": text}})
-    assert parse(dump(config)) == config
+    assert parse_stored(dump(config)) == config
 
 
 def test_to_yaml_says_every_key_so_that_later_defaults_change_nothing() -> None:
@@ -156,7 +195,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         Config().train.lr = 1.0  # type: ignore[misc]
 
 
-def test_differences_are_told_by_key_old_and_new() -> None:
+def test_differences_have_key_old_and_new_value() -> None:
     old = parse("train: {lr: 1e-3}\ndata: {size: 32}")
     new = parse("train: {lr: 1e-4, lr_stages: [[1, 1e-3]]}\ndata: {size: [32, 32]}")
     assert differences(old, old) == {}
@@ -173,3 +212,15 @@ def test_every_setting_is_documented() -> None:
         for key, field in section["properties"].items():
             assert field.get("description"), f"{name}.{key}: write a docstring under the field"
     assert "auto" in str(TrainSection.model_fields["micro_batch"].description)
+
+
+@pytest.mark.parametrize("value", [{"train": {"lr": True}}, {"data": {"size": True}}, {"run": {"timeout": True}},
+                                   {"train": {"steps": False}}, {"sample": {"label": True}}])  # fmt: skip
+def test_a_switch_is_no_number(value: dict[str, dict[str, bool]]) -> None:
+    with pytest.raises(ValidationError, match="true, false, yes, no, on and off are switches"):
+        Config.model_validate(value)
+
+
+def test_a_size_of_one_number_in_brackets_is_shown_how_to_write_it() -> None:
+    with pytest.raises(ValidationError, match=r"height and width as in \[96, 64\]"):
+        Config.model_validate({"data": {"size": [8]}})

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from pipeline import doctor
-from pipeline.doctor import Gpu, Machine
-from pipeline.run.lease import Lease
+from pipeline.cluster.lease import Lease
+from pipeline.monitoring.machine import Gpu, Machine
+from tests import warm
 from tests.launch import ENVIRONMENT, TINY, ddpm
 
 H100 = Gpu("H100", 80 << 30, (9, 0))
@@ -32,17 +33,14 @@ GOOD = Machine(
 
 
 def _doctor(*arguments: object, env: dict[str, str] | None = None) -> tuple[int, dict[str, Any], str]:
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "doctor", "--json", *map(str, arguments)]
-    done = subprocess.run(
-        command, env={**ENVIRONMENT, **(env or {})}, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = ddpm("doctor", "--json", *arguments, **(env or {}))
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
 
 # --- what is there ---
 
 
-def test_it_tells_what_this_machine_has() -> None:
+def test_the_report_describes_this_machine() -> None:
     code, report, _ = _doctor()
     machine = report["machine"]
     assert code == 0 and report["ok"] and report["run"] is None
@@ -56,12 +54,15 @@ def test_it_tells_what_this_machine_has() -> None:
 def test_the_table_is_for_reading() -> None:
     done = ddpm("doctor")
     assert done.returncode == 0
-    for what in (f"torch {version('torch')}", "cores", "/dev/shm", "a run here", "ddpm train --config"):
+    for what in (f"torch {version('torch')}", "cores", "shm", "a run here", "ddpm train --config"):
         assert what in done.stdout
 
 
-def test_cuda_is_not_initialised_where_there_is_none() -> None:
-    code = "import pipeline.doctor as d, sys; d.look(); import torch; sys.exit(torch.cuda.is_initialized())"
+def test_cuda_is_not_initialized_without_a_gpu() -> None:
+    code = (
+        "import sys; from pipeline.monitoring.machine import inspect_machine; inspect_machine(); import torch; "
+        "sys.exit(torch.cuda.is_initialized())"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, timeout=120, check=False)
     assert done.returncode == 0
 
@@ -82,7 +83,7 @@ def test_the_recommended_command_works(digits: Path, tmp_path: Path) -> None:
         }[program]
         run = tmp_path / str(number)
         started = [sys.executable, *module, *arguments, f"data.shards={digits}", f"run.dir={run}", "train.steps=2"]
-        done = subprocess.run(started, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+        done = warm.run(started, env=ENVIRONMENT, timeout_s=300)
         assert done.returncode == 0, done.stderr
         assert f"{number + 1} process{'es' * number} on cpu" in done.stderr and (run / "DONE").exists()
 
@@ -97,7 +98,7 @@ def test_all_gpus_that_can_share_the_data_are_used() -> None:
     assert doctor.recommend(six, run)["command"].endswith("--config runs/x/config.yaml")
 
 
-def test_emulated_bf16_is_told() -> None:
+def test_emulated_bf16_is_a_finding() -> None:
     old = replace(GOOD, gpus=(H100, T4))
     assert doctor.recommend(old)["precision_emulated"] and not doctor.recommend(GOOD)["precision_emulated"]
     assert [finding.mend for finding in doctor.gpu_findings(old)] == ["train.precision=fp32"]
@@ -124,14 +125,14 @@ def test_an_outdated_package_ends_with_3_and_the_command_that_mends_it(tmp_path:
     assert finding["mend"].startswith("pip install") and "webdataset" in finding["mend"]
 
 
-def test_a_missing_package_is_told_without_importing_it() -> None:
+def test_a_missing_package_is_a_finding_and_not_imported() -> None:
     (finding,) = doctor.missing_packages(replace(GOOD, packages={"torch": None}))
-    assert finding.necessary and finding.what == "torch is not there"
+    assert finding.necessary and finding.what == "torch is missing"
     blind = "import sys; sys.modules.update(torch=None, numpy=None, pydantic=None, fsspec=None); import pipeline.doctor"
     subprocess.run([sys.executable, "-c", blind], env=ENVIRONMENT, timeout=60, check=True)
 
 
-def test_gpus_that_torch_does_not_see_are_told(tmp_path: Path) -> None:
+def test_gpus_that_torch_does_not_see_are_a_finding(tmp_path: Path) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H100 (UUID: GPU-2)'\n")
     smi.chmod(0o755)
@@ -143,7 +144,7 @@ def test_gpus_that_torch_does_not_see_are_told(tmp_path: Path) -> None:
     assert "CPU build" in doctor.gpu_findings(replace(blind, torch_cuda=None))[0].what
 
 
-def test_small_limits_are_told() -> None:
+def test_small_limits_are_findings() -> None:
     assert doctor.limit_findings(GOOD) == []
     shm, files = doctor.limit_findings(replace(GOOD, shm_bytes=64 << 20, open_files=512))
     assert "64 MiB" in shm.what and "--shm-size" in shm.mend and "512 files" in files.what
@@ -181,7 +182,7 @@ def copy(tiny_run: Path, tmp_path: Path) -> Path:
 def test_a_held_run(copy: Path) -> None:
     with Lease(str(copy), lambda _: None):
         assert doctor.examine(str(copy))["run"]["holder"] == f"process {os.getpid()} on {socket.gethostname()}"
-        assert f"held by    process {os.getpid()} on" in doctor.as_text(doctor.examine(str(copy)))
+        assert f"holder             process {os.getpid()} on" in doctor.as_text(doctor.examine(str(copy)))
     assert doctor.examine(str(copy))["run"]["holder"] is None
 
 
@@ -207,7 +208,7 @@ def test_a_stopped_run(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(("save_s", "told"), [(19.0, False), (27.5, True)])
-def test_a_save_that_does_not_fit_the_grace_period_is_told(copy: Path, save_s: float, told: bool) -> None:
+def test_a_save_longer_than_the_grace_time_is_a_finding(copy: Path, save_s: float, told: bool) -> None:
     with (copy / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": 2, "checkpoint/save_s": 99.0}) + "\n")
         log.write(json.dumps({"step": 4, "checkpoint/save_s": save_s}) + "\n" + '{"step": 6, "checkpoint/sa')
@@ -221,6 +222,6 @@ def test_no_such_run_is_one_line(tmp_path: Path) -> None:
     assert code == 2 and not report and "no such run" in error and "Traceback" not in error
 
 
-def test_what_is_no_run_is_not_told_as_a_new_one(digits: Path) -> None:
+def test_a_directory_that_is_no_run_is_refused(digits: Path) -> None:
     code, report, error = _doctor("--run", digits)
     assert code == 2 and not report and "exists and is not a run" in error and "Traceback" not in error

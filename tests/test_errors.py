@@ -13,8 +13,8 @@ from pipeline.errors import PipelineError
 
 SOURCES = sorted(Path(errors.__file__).parent.rglob("*.py"))
 CODES = {
-    "PipelineError": 1, "ConfigError": 2, "Superseded": 2, "DataError": 3, "NoCheckpoint": 4, "RankLost": 1,
-    "Stopped": 75,
+    "PipelineError": 1, "ConfigError": 2, "RunHeld": 2, "Diverged": 2, "DataError": 3, "NoCheckpoint": 4,
+    "RankLost": 1, "Stopped": 75,
 }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 import tracemalloc
@@ -21,21 +20,24 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.data import foreign, integrity
-from pipeline.data.batches import read_all
-from pipeline.data.foreign import Settings, Tar, scan
-from pipeline.data.images import to_picture
-from pipeline.data.shardset import ShardSet
+from pipeline.data.images.preprocess import preprocess_image
+from pipeline.data.loading.batches import read_all
+from pipeline.data.shards import index_tars
+from pipeline.data.shards import verify as integrity
+from pipeline.data.shards.index_tars import Tar, scan
+from pipeline.data.shards.settings import IndexSettings
+from pipeline.data.shards.shard_set import ShardSet
+from pipeline.data.sources import tar_stream
 from pipeline.errors import ConfigError, DataError, Stopped
-from pipeline.index import index
-from pipeline.shard import shard
 from pipeline.verify import verify
-from tests.launch import ENVIRONMENT, TINY, ddpm
+from tests import warm
+from tests.jobs import index, shard
+from tests.launch import ENVIRONMENT, TINY, command, ddpm
 
 Members = dict[str, bytes]
 
 
-def picture(number: int, side: tuple[int, int] = (8, 8), format: str = "PNG", mode: str = "RGB") -> bytes:
+def encoded_image(number: int, side: tuple[int, int] = (8, 8), format: str = "PNG", mode: str = "RGB") -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (*side, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(file, format)
@@ -44,7 +46,7 @@ def picture(number: int, side: tuple[int, int] = (8, 8), format: str = "PNG", mo
 
 def sample(number: int, **options: object) -> Members:
     """As ImageNet's webdatasets have them."""
-    image = picture(number, format="JPEG", **options)  # type: ignore[arg-type]
+    image = encoded_image(number, format="JPEG", **options)  # type: ignore[arg-type]
     return {"jpg": image, "cls": str(number % 3).encode(), "json": json.dumps({"label": 9}).encode()}
 
 
@@ -58,10 +60,10 @@ def tarred(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfi
     return str(path)
 
 
-def theirs(folder: Path, tars: int = 2, samples: int = 5, **options: object) -> list[str]:
+def theirs(directory: Path, tars: int = 2, samples: int = 5, **options: object) -> list[str]:
     """A webdataset as its own writer makes it, with keys that are paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    urls = [str(folder / f"train-{i:06d}.tar") for i in range(tars)]
+    directory.mkdir(parents=True, exist_ok=True)
+    urls = [str(directory / f"train-{i:06d}.tar") for i in range(tars)]
     for i, url in enumerate(urls):
         with webdataset.TarWriter(url) as writer:
             for n in range(i * samples, (i + 1) * samples):
@@ -74,8 +76,8 @@ def rejected(out: Path) -> list[tuple[str, str]]:
     return [(line["key"], line["reason"]) for line in lines]
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 def test_a_webdataset_of_others_is_read_where_it_lies(tmp_path: Path) -> None:
@@ -84,8 +86,8 @@ def test_a_webdataset_of_others_is_read_where_it_lies(tmp_path: Path) -> None:
     summary = index([str(tmp_path / "wds" / "train-{000000..000001}.tar")], str(tmp_path / "set"), quiet=True)
     assert (summary.inputs, summary.taken, summary.shards, summary.rejected) == (10, 10, 2, {})
     assert files(tmp_path / "wds") == before
-    papers = {f"index-{i:06d}.{ending}" for i in range(2) for ending in ("npy", "json")}
-    assert set(os.listdir(tmp_path / "set")) == {"index.json", "rejected.jsonl"} | papers
+    metadata = {f"index-{i:06d}.{ending}" for i in range(2) for ending in ("npy", "json")}
+    assert set(os.listdir(tmp_path / "set")) == {"index.json", "rejected.jsonl"} | metadata
     shards = ShardSet.open(str(tmp_path / "set"))
     assert (shards.size, shards.channels, shards.classes, shards.shard_samples) == ((8, 8), 3, ("0", "1", "2"), (5, 5))
     assert shards.counts["classes"] == {"0": 4, "1": 3, "2": 3}
@@ -93,13 +95,13 @@ def test_a_webdataset_of_others_is_read_where_it_lies(tmp_path: Path) -> None:
     plain = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert found.labels.tolist() == [int(one["cls"]) for one in plain]
     for image, one in zip(found.images.permute(0, 2, 3, 1).numpy(), plain):
-        assert (image == to_picture(one["jpg"], size=(8, 8)).array).all()
+        assert (image == preprocess_image(one["jpg"], size=(8, 8)).array).all()
     assert verify(str(tmp_path / "set"), quiet=True) == []
 
 
-def test_pictures_of_several_sizes_need_a_size_and_are_cropped_to_it_when_they_are_read(tmp_path: Path) -> None:
+def test_images_of_several_sizes_need_a_size_and_are_cropped_to_it_when_they_are_read(tmp_path: Path) -> None:
     sides = [(8, 8), (20, 30), (20, 30), (41, 17)]
-    tar = tarred(tmp_path / "a.tar", [(f"{i}.png", picture(i, side)) for i, side in enumerate(sides)])
+    tar = tarred(tmp_path / "a.tar", [(f"{i}.png", encoded_image(i, side)) for i, side in enumerate(sides)])
     with pytest.raises(
         DataError, match=r"several sizes, height x width \(2 of 20x30, 1 of 8x8, 1 of 41x17\): give --size"
     ):
@@ -109,20 +111,20 @@ def test_pictures_of_several_sizes_need_a_size_and_are_cropped_to_it_when_they_a
     shards = ShardSet.open(str(tmp_path / "set"))
     assert (shards.size, shards.channels) == ((6, 9), 1)
     for i, image in enumerate(read_all(shards).images.permute(0, 2, 3, 1).numpy()):
-        assert (image == to_picture(picture(i, sides[i]), size=(6, 9), channels=1).array).all()
+        assert (image == preprocess_image(encoded_image(i, sides[i]), size=(6, 9), channels=1).array).all()
     assert verify(str(tmp_path / "set"), quiet=True) == []
 
 
-def test_a_picture_that_is_stored_turned_has_the_size_it_has_upright(tmp_path: Path) -> None:
+def test_an_image_that_is_stored_turned_has_the_size_it_has_upright(tmp_path: Path) -> None:
     turned, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(turned, "JPEG", exif=exif)
-    tar = tarred(tmp_path / "a.tar", [("a.jpg", turned.getvalue()), ("b.png", picture(0, (20, 10)))])
+    tar = tarred(tmp_path / "a.tar", [("a.jpg", turned.getvalue()), ("b.png", encoded_image(0, (20, 10)))])
     index([tar], str(tmp_path / "set"), quiet=True)
     assert ShardSet.open(str(tmp_path / "set")).size == (20, 10)
 
 
-GOOD = picture(0)
+GOOD = encoded_image(0)
 
 
 @pytest.mark.parametrize(
@@ -133,39 +135,133 @@ GOOD = picture(0)
             [("a", "scattered"), ("b", "scattered")],
         ),
         ([("a.png", GOOD), ("a.png", GOOD)], [("a", "scattered")]),
-        ([("a.png", GOOD), ("a.mask.png", GOOD)], [("a", "several_pictures")]),
+        ([("a.x.png", GOOD), ("a.y.png", GOOD)], [("a", "several_pictures")]),
         ([("a.png", GOOD), ("a.jpg", GOOD)], [("a", "several_pictures")]),
-        ([("a.cls", b"1")], [("a", "no_picture")]),
+        ([("a.cls", b"1")], [("a", "label_file")]),
+        ([("._a.png", b"x"), ("Thumbs.db", b"x")], [("._a.png", "system_file"), ("Thumbs.db", "system_file")]),
         ([("README", b"words")], [("README", "no_picture")]),
         ([(".png", GOOD)], [(".png", "no_picture")]),
         ([("a.png", b"")], [("a", "empty")]),
         ([("a.png", b"words")], [("a", "not_an_image")]),
         ([("a.png", GOOD[:-40])], [("a", "truncated")]),
-        ([("a.png", GOOD), ("a.cls", b"cat")], [("a", "no_label")]),
-        ([("a.png", GOOD), ("a.json", b'{"label": "cat"}')], [("a", "no_label")]),
-        ([("a.png", GOOD), ("a.cls", b"99999999")], [("a", "no_label")]),
     ],
 )
 def test_what_cannot_be_trained_on_is_a_line_with_its_reason_and_the_rest_is_taken(
     tmp_path: Path, members: list[tuple[str, bytes]], lines: list[tuple[str, str]]
 ) -> None:
-    tar = tarred(tmp_path / "a.tar", [("first.png", picture(1)), *members, ("last.png", picture(2))])
+    tar = tarred(tmp_path / "a.tar", [("first.png", encoded_image(1)), *members, ("last.png", encoded_image(2))])
     summary = index([tar], str(tmp_path / "set"), max_bad_fraction=1, quiet=True)
     assert rejected(tmp_path / "set") == lines
     assert (summary.taken, sum(summary.rejected.values())) == (2, len(lines))
     found = read_all(ShardSet.open(str(tmp_path / "set"))).images.permute(0, 2, 3, 1).numpy()
-    assert (found[0] == to_picture(picture(1), size=(8, 8)).array).all()
-    assert (found[1] == to_picture(picture(2), size=(8, 8)).array).all()
+    assert (found[0] == preprocess_image(encoded_image(1), size=(8, 8)).array).all()
+    assert (found[1] == preprocess_image(encoded_image(2), size=(8, 8)).array).all()
     assert verify(str(tmp_path / "set"), quiet=True) == []
 
 
+@pytest.mark.parametrize(
+    ("members", "labels", "lines", "image_ext"),
+    [
+        ([("1.jpg", 0), ("1.cls", b"cat"), ("2.jpg", 1), ("2.cls", b"ant")], ["cat", "ant"], [], None),
+        ([("1.jpg", 0), ("1.json", b'{"label": "b"}'), ("2.jpg", 1)], ["b", None], [], None),
+        ([("1.jpg", 0), ("1.cls", b"99999999"), ("2.jpg", 1), ("2.cls", b"7")], ["99999999", "7"], [], None),
+        ([("1.5.jpg", 0), ("1.5.cls", b"1"), ("1.6.jpg", 1), ("1.6.cls", b"0")], ["1", "0"], [], None),
+        (
+            [("1.5.jpg", 0), ("1.6.jpg", 1), ("1.5.cls", b"1"), ("1.6.cls", b"0"), ("2.jpg", 2)],
+            [None],
+            [("1.5", "several_pictures"), ("1.6", "several_pictures")],
+            None,
+        ),
+        ([("1.jpg", 0), ("1.seg.png", 1), ("1.cls", b"0")], ["0"], [("1.seg.png", "beside_image")], None),
+        ([("1.a.jpg", 0), ("1.b.jpg", 1), ("1.cls", b"0")], ["0"], [("1.a.jpg", "beside_image")], "b.jpg"),
+        ([("1.jpg", 0), ("._1.jpg", b"x"), ("1.cls", b"0")], ["0"], [("._1.jpg", "system_file")], None),
+    ],
+)
+def test_samples_and_classes_are_those_of_ddpm_shard(
+    tmp_path: Path,
+    members: list[tuple[str, int | bytes]],
+    labels: list[str | None],
+    lines: list[tuple[str, str]],
+    image_ext: str | None,
+) -> None:
+    files = [(name, encoded_image(data, format="JPEG") if isinstance(data, int) else data) for name, data in members]
+    tar = tarred(tmp_path / "a.tar", files)
+    index([tar], str(tmp_path / "set"), image_ext=image_ext, max_bad_fraction=1, quiet=True)
+    found = ShardSet.open(str(tmp_path / "set"))
+    names = [None if label < 0 else (found.classes or ())[label] for label in read_all(found).labels.tolist()]
+    assert (names, rejected(tmp_path / "set")) == (labels, lines)
+    assert verify(str(tmp_path / "set"), quiet=True) == []
+    if not any(reason == "several_pictures" for _, reason in lines):
+        shard([tar], str(tmp_path / "shards"), size=8, image_ext=image_ext, workers=1, quiet=True)
+        made = ShardSet.open(str(tmp_path / "shards"))
+        assert made.classes == found.classes
+        assert read_all(made).labels.tolist() == read_all(found).labels.tolist()
+
+
+def test_tars_whose_classes_have_names_get_one_numbering(tmp_path: Path) -> None:
+    urls = [
+        tarred(
+            tmp_path / f"{names[0]}.tar",
+            [(f"{n}.{e}", d) for n in names for e, d in (("png", GOOD), ("cls", n.encode()))],
+        )
+        for names in (("dog", "ant"), ("bee", "dog"))
+    ]
+    out = tmp_path / "set"
+    for given, classes, labels in (
+        (urls[:1], ("ant", "dog"), [1, 0]),
+        (urls, ("ant", "bee", "dog"), [2, 0, 1, 2]),
+        (urls, ("ant", "bee", "dog"), [2, 0, 1, 2]),
+    ):
+        index(given, str(out), quiet=True)
+        found = ShardSet.open(str(out))
+        assert (found.classes, read_all(found).labels.tolist()) == (classes, labels)
+        assert verify(str(out), quiet=True) == []
+    assert index(urls, str(out), quiet=True).shards_made == 0
+    numbers = tarred(tmp_path / "n.tar", [("1.png", GOOD), ("1.cls", b"1")])
+    with pytest.raises(DataError, match=r"1 in tar .*n.tar is among names such as 'ant'.*--labels none"):
+        index([*urls, numbers], str(out), quiet=True)
+
+
+def test_a_class_that_cannot_be_read_stops_the_job_with_the_fix(tmp_path: Path) -> None:
+    tar = tarred(tmp_path / "a.tar", [("1.png", GOOD), ("1.json", b'{"label": [1, 2]}')])
+    told = r"a.tar: 1.json: 'label' \[1, 2\] is not one class: .*--labels none"
+    with pytest.raises(DataError, match=told):
+        index([tar], str(tmp_path / "set"), quiet=True)
+    with pytest.raises(DataError, match=told):
+        shard([tar], str(tmp_path / "shards"), size=8, quiet=True)
+
+
+def test_links_and_sparse_members_have_a_line(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, "a.png", len(GOOD) if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(GOOD))
+    index([str(tmp_path / "a.tar")], str(tmp_path / "set"), max_bad_fraction=1, quiet=True)
+    assert rejected(tmp_path / "set") == [("b", "unreadable"), ("c", "unreadable")]
+
+
+def test_a_set_of_an_older_version_is_read_again(tmp_path: Path) -> None:
+    (url,) = theirs(tmp_path / "wds", tars=1)
+    out = tmp_path / "set"
+    index([url], str(out), quiet=True)
+    now = files(out)
+    for name in ("index.json", "index-000000.json"):
+        told = json.loads((out / name).read_text())
+        del told["settings"]["keys"]
+        (out / name).write_text(json.dumps(told))
+    assert index([url], str(out), quiet=True).shards_made == 1
+    assert files(out) == now
+
+
 def test_a_sample_too_large_to_hold_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is that of pictures; here it is lowered, which a worker process would not know of."""
-    monkeypatch.setattr(foreign, "MAX_BYTES", 3_000_000)
+    """The limit is that of images; here it is lowered, which a worker process would not know of."""
+    for module in (index_tars, tar_stream):
+        monkeypatch.setattr(module, "MAX_BYTES", 3_000_000)
     members = [("a.png", GOOD), ("a.mp4", bytes(100_000_000)), ("a.cls", b"0"), ("b.png", GOOD), ("b.cls", b"1")]
     tar = tarred(tmp_path / "a.tar", members)
     tracemalloc.start()
-    found = scan(tar, Settings(None, 3, "auto"), lambda: None)
+    found = scan(tar, IndexSettings(), lambda: None)
     assert tracemalloc.get_traced_memory()[1] < 30_000_000
     tracemalloc.stop()
     assert [getattr(one, "reason", "") for one in found.samples.values()] == ["too_many_bytes", ""]
@@ -205,25 +301,26 @@ def test_the_class_is_the_number_in_cls_else_in_json(tmp_path: Path, told: Membe
 def test_tars_of_any_writer_are_read_as_webdataset_reads_them(tmp_path: Path, format: int) -> None:
     long = "deep/" * (12 if format == tarfile.USTAR_FORMAT else 60)
     names = ["./a/b.c.jpg", "a.b/c.jpg", f"{long}näme.JPG", "__meta__/x.jpg", "x y/#1.jpg", "0001.Jpeg"]
-    tar = tarred(tmp_path / "a.tar", [(name, picture(i, format="JPEG")) for i, name in enumerate(names)], format)
+    tar = tarred(tmp_path / "a.tar", [(name, encoded_image(i, format="JPEG")) for i, name in enumerate(names)], format)
     with tarfile.open(tar, "a", format=format) as more:
-        folder, link = tarfile.TarInfo("folder.jpg"), tarfile.TarInfo("link.jpg")
-        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "/etc/passwd"
-        more.addfile(folder)
+        directory, link = tarfile.TarInfo("folder.jpg"), tarfile.TarInfo("link.jpg")
+        directory.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "/etc/passwd"
+        more.addfile(directory)
         more.addfile(link)
-    index([tar], str(tmp_path / "set"), quiet=True)
+    index([tar], str(tmp_path / "set"), max_bad_fraction=1, quiet=True)
+    assert rejected(tmp_path / "set") == [("link", "unreadable")]
     plain = list(webdataset.WebDataset(tar, shardshuffle=False))
     found = read_all(ShardSet.open(str(tmp_path / "set"))).images.permute(0, 2, 3, 1).numpy()
     assert len(found) == len(plain) == 5
     for image, one in zip(found, plain):
         data = next(value for name, value in one.items() if name.endswith(("jpg", "jpeg")))
-        assert (image == to_picture(data, size=(8, 8)).array).all()
+        assert (image == preprocess_image(data, size=(8, 8)).array).all()
     assert verify(str(tmp_path / "set"), quiet=True) == []
 
 
 def test_a_tar_that_is_cut_anywhere_or_has_a_damaged_header_is_refused_by_name(tmp_path: Path) -> None:
     (url,) = theirs(tmp_path, tars=1, samples=3)
-    path, settings = Path(url), Settings(None, 3, "auto")
+    path, settings = Path(url), IndexSettings()
     data = path.read_bytes()
     with tarfile.open(url) as tar:
         headers = [member.offset for member in tar]
@@ -274,12 +371,12 @@ def test_what_is_there_is_not_read_again_and_what_has_changed_is(tmp_path: Path)
     assert verify(str(out), quiet=True) == []
 
 
-def test_a_job_that_is_stopped_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_stopped_continues_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     urls = theirs(tmp_path / "wds", tars=3)
     index(urls, str(tmp_path / "whole"), quiet=True)
     with monkeypatch.context() as patch:
         patch.setenv("DDPM_DEADLINE", "1")
-        with pytest.raises(Stopped, match="stopped by the deadline: the same command goes on from there"):
+        with pytest.raises(Stopped, match="stopped by the deadline: the same command continues from there"):
             index(urls, str(tmp_path / "set"), quiet=True)
     assert not (tmp_path / "set" / "index.json").exists()
     for workers in (1, 3):
@@ -290,23 +387,21 @@ def test_a_job_that_is_stopped_goes_on_to_the_same_bytes(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_request_ends_in_75_within_a_sample(tmp_path: Path, number: signal.Signals) -> None:
     large = tarred(tmp_path / "a.tar", [(f"{i}.png", GOOD) for i in range(20_000)])
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "index", large, "--out"]
-    process = subprocess.Popen(
-        [*command, tmp_path / "set", "--quiet"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    asked = command("index", large, "--out", tmp_path / "set", "--quiet")
+    process = warm.Popen(asked, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     while not (tmp_path / "set").exists():
         time.sleep(0.01)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    assert errors == f"ddpm: stopped by {number.name}: the same command goes on from there\n"
+    assert errors == f"ddpm: stopped by {number.name}: the same command continues from there\n"
     assert os.listdir(tmp_path / "set") == []
 
 
 def test_a_tar_that_kills_its_readers_is_named() -> None:
     with pytest.raises(DataError, match=r"x.tar: two processes died at it \(SIGSEGV\)"):
-        foreign.bury(Tar("x.tar", "x.tar", "index-000000", 0, 0), -signal.SIGSEGV)
-    assert "shard 3: two processes died at it (exit code 9)" in integrity.bury(3, 9)[0]
+        index_tars.on_worker_death(Tar("x.tar", "x.tar", "index-000000", 0, 0), -signal.SIGSEGV)
+    assert "shard 3: two processes died at it (exit code 9)" in integrity.on_worker_death(3, 9)[0]
 
 
 def test_a_set_moves_with_its_tars_or_without_them_if_they_lie_elsewhere(tmp_path: Path) -> None:
@@ -368,7 +463,7 @@ def test_too_many_bad_samples_end_in_3_with_the_set_written(tmp_path: Path) -> N
     assert refused.returncode == 3 and "1 of 2 inputs were rejected (1 not_an_image)" in refused.stderr
     assert ShardSet.open(str(tmp_path / "set")).samples == 1
     bad = tarred(tmp_path / "b.tar", [("b.png", b"bad")])
-    with pytest.raises(DataError, match=r"not one of 1 inputs is a readable picture \(1 not_an_image\)"):
+    with pytest.raises(DataError, match=r"not one of 1 inputs is a readable image \(1 not_an_image\)"):
         index([bad], str(tmp_path / "none"), quiet=True)
 
 
@@ -386,12 +481,12 @@ def test_the_command_ends_with_a_summary_and_its_set_trains(tmp_path: Path) -> N
 # --- parts ---
 
 
-def zipped(folder: Path, count: int = 23) -> Path:
-    path = folder / "source.zip"
+def zipped(directory: Path, count: int = 23) -> Path:
+    path = directory / "source.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for n in range(count):
             archive.writestr(
-                zipfile.ZipInfo(f"{'cat' if n % 2 else 'dog'}/{n:03d}.png"), picture(n) if n % 5 else b"bad"
+                zipfile.ZipInfo(f"{'cat' if n % 2 else 'dog'}/{n:03d}.png"), encoded_image(n) if n % 5 else b"bad"
             )
     return path
 

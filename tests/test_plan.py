@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import configfile
+from pipeline import cli, config_file
 from pipeline.config import Config
-from pipeline.data.order import check_world
+from pipeline.data.loading.order import check_world
 from pipeline.errors import ConfigError
-from pipeline.footprint import POLICIES
 from pipeline.plan import GPUS, SAMPLES, on_a_gpu, plan
+from pipeline.training.memory_estimate import POLICIES, trace
 from tests.launch import TINY, ddpm
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def _plan(*settings: str, samples: int | None = None) -> dict[str, Any]:
 
 
 def _config(*settings: str) -> Config:
-    return configfile.load(TINY[1], settings, lambda name: Path(name).read_text())
+    return config_file.load(TINY[1], settings, lambda name: Path(name).read_text())
 
 
 def test_a_checkpoint_is_as_large_as_planned(tiny_run: Path) -> None:
@@ -47,7 +47,7 @@ def test_the_parameters_are_those_of_the_paper() -> None:
 
 def test_no_memory_is_taken() -> None:
     """A checkpoint of this network is 1.8 GB."""
-    config = configfile.load(str(ROOT / "configs/256px.yaml"), (), lambda name: Path(name).read_text())
+    config = config_file.load(str(ROOT / "configs/celebahq256.yaml"), (), lambda name: Path(name).read_text())
     plan(Config())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert plan(config)["checkpoint_bytes"] > 1.7e9
@@ -74,9 +74,9 @@ def test_samples_take_no_more_than_planned(tiny_run: Path, tmp_path: Path) -> No
 def test_noise_takes_no_more_than_planned() -> None:
     """The worst that PNG can meet."""
     for size, channels in ((8, 1), (64, 3), (256, 3)):
-        picture = np.random.default_rng(0).integers(0, 256, (size, size, channels), dtype=np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, (size, size, channels), dtype=np.uint8)
         buffer = io.BytesIO()
-        Image.fromarray(picture.squeeze()).save(buffer, "PNG")
+        Image.fromarray(image.squeeze()).save(buffer, "PNG")
         blocks = 512 * (3 + -(-len(buffer.getvalue()) // 512))
         config = Config.model_validate(
             {"data": {"size": size, "channels": channels}, "model": {"channel_mults": [1, 2]}}
@@ -85,7 +85,7 @@ def test_noise_takes_no_more_than_planned() -> None:
         assert blocks <= bound <= 1.2 * blocks
 
 
-def test_epochs_are_told_in_steps() -> None:
+def test_epochs_are_shown_in_steps() -> None:
     settings = ("train.steps=50ep", "run.keep_every=10ep")
     assert "lengths" not in _plan(*settings)
     lengths = _plan(*settings, samples=1797)["lengths"]
@@ -93,7 +93,22 @@ def test_epochs_are_told_in_steps() -> None:
     assert lengths["run.checkpoint_every"] == 2
 
 
-@cache
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """A trace takes seconds, and no GPU, memory, rate, policy or micro-batch changes it."""
+    traces: dict[str, Any] = {}
+
+    def trace_once(config: Config) -> Any:
+        key = config.model_dump_json(exclude={"train": {"checkpointing", "micro_batch", "lr"}})
+        if key not in traces:
+            traces[key] = trace(config)
+        return traces[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.plan.trace", trace_once)
+        yield
+
+
 def _on_a_gpu(*settings: str, gpu: str | None = None) -> dict[str, Any]:
     return on_a_gpu(_config(*settings), gpu=gpu)
 
@@ -144,7 +159,7 @@ def test_speed_follows_from_the_rate_of_a_gpu() -> None:
         on_a_gpu(_config("train.precision=fp32"), gpu="h100")
 
 
-def test_the_command_gives_tables_or_json() -> None:
+def test_the_command_gives_tables_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     flags = (*TINY, "train.lr=1e-3", "--samples", 1797, "--memory", "770MiB", "--flops", "1e12")
     config = _config("train.lr=1e-3")
     figures = plan(config, 1797) | on_a_gpu(config, memory_bytes=770 << 20, flops=1e12)
@@ -154,22 +169,24 @@ def test_the_command_gives_tables_or_json() -> None:
     assert 0 < len(fitting) < len(figures["policies"]) and text.count(")*") == len(fitting)
     last = text.splitlines()[-1]
     assert last.startswith("checkpointing auto: {checkpointing}, micro-batch {micro_batch}, ".format(**chosen))
-    assert json.loads(ddpm("plan", *flags, "--json").stdout) == figures
+    with pytest.raises(SystemExit):
+        cli.main(["plan", *map(str, flags), "--json"])
+    assert json.loads(capsys.readouterr().out) == figures
 
 
 @pytest.mark.parametrize("memory", ["24", "0GiB", "much"])
-def test_a_wrong_memory_is_one_line(memory: str) -> None:
+def test_a_wrong_memory_size_is_refused_in_one_line(memory: str) -> None:
     done = ddpm("plan", *TINY, f"--memory={memory}")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert memory in done.stderr and "24GiB" in done.stderr
 
 
-def test_a_gpu_that_nobody_knows_is_one_line() -> None:
+def test_an_unknown_gpu_is_refused_in_one_line() -> None:
     done = ddpm("plan", *TINY, "--gpu", "h1000")
     assert done.returncode == 2 and "h1000" in done.stderr and "l40s" in done.stderr and "--flops" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_wrong_configuration_is_one_line() -> None:
+def test_a_wrong_configuration_is_refused_in_one_line() -> None:
     done = ddpm("plan", *TINY, "train.global_batch=12", "data.lanes=5")
     assert done.returncode == 2 and done.stdout == "" and "data.lanes" in done.stderr and "Traceback" not in done.stderr

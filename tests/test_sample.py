@@ -15,16 +15,20 @@ from typer.testing import CliRunner
 
 from pipeline import sample as job
 from pipeline.cli import app
-from pipeline.config import Config, DataSection, DiffusionSection, ModelSection, SampleSection, TrainSection
-from pipeline.data.shardset import ShardSet
-from pipeline.diffusion.schedule import make_schedule
+from pipeline.config import Config, DataSection, DiffusionSection, ModelSection, SamplingOptions, TrainSection
+from pipeline.data.shards.sample_set import parse_seeds
+from pipeline.data.shards.shard_set import ShardSet
+from pipeline.diffusion.process import DiffusionProcess
+from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import ConfigError, Stopped
-from pipeline.generator import Generator
 from pipeline.model.unet import UNet
-from pipeline.run.progress import Progress
+from pipeline.monitoring.progress import Progress
+from pipeline.sampling.generator import Generator
+from pipeline.sampling.options import SamplingRequest, default_shard_samples
 from pipeline.verify import verify
 
 CLASSES = ("cat", "dog")
+PROCESS = DiffusionProcess(Schedule.linear(50))
 
 
 class Network(UNet):
@@ -46,12 +50,12 @@ def generator(class_names: tuple[str, ...] = (), learned_variance: bool = False,
     )  # fmt: skip
     config = Config(
         data=DataSection(size=8, channels=1), model=model, diffusion=DiffusionSection(timesteps=50),
-        sample=SampleSection(**{"sampler": "ddim", "steps": 4, "batch": 4, **settings}),
+        sample=SamplingOptions(**{"sampler": "ddim", "steps": 4, "batch": 4, **settings}),
         train=TrainSection(precision="fp32"),
     )  # fmt: skip
     torch.manual_seed(0)
     network = Network(model, channels=1, size=(8, 8))
-    return Generator(config, network, make_schedule("linear", 50), torch.device("cpu"), class_names=class_names or None)
+    return Generator(config, network, PROCESS, torch.device("cpu"), class_names=class_names or None)
 
 
 @pytest.fixture
@@ -62,14 +66,15 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
         seeds: str = "0-9", source: Generator | None = None, identity: str = "ab" * 32,
         at_pass: Callable[[int], None] = lambda n: None, **flags: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        loaded = source or generator(), identity
+        loaded = source or generator()
+        loaded.sha256 = identity
         monkeypatch.setattr(job.generators, "load", lambda *_, **__: loaded)
         monkeypatch.setattr(Network, "passes", 0)
         monkeypatch.setattr(Network, "at_pass", staticmethod(at_pass))
-        settings = {key: flags.pop(key) for key in list(flags) if key in SampleSection.model_fields}
+        settings = {key: flags.pop(key) for key in list(flags) if key in SamplingOptions.model_fields}
+        quiet = flags.pop("quiet", False)
         outputs = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
-        given = {"shard_samples": None, "ema": True, "precision": None, "label": None, "size": None, "quiet": False}
-        return job.from_flags("a run", settings, seeds=seeds, **{**given, **outputs})
+        return job.sample(SamplingRequest("a run", parse_seeds(seeds), settings, **outputs), quiet=quiet)
 
     return run
 
@@ -79,25 +84,25 @@ def test_the_names_of_the_classes_are_in_the_index(draw: Callable[..., dict[str,
     assert ShardSet.open(str(tmp_path / "named")).classes == CLASSES
     unconditional = generator()
     draw(source=Generator(unconditional.config, Network(unconditional.config.model, channels=1, size=(8, 8)),
-                          make_schedule("linear", 50), torch.device("cpu"), class_names=CLASSES),
+                          PROCESS, torch.device("cpu"), class_names=CLASSES),
          out=tmp_path / "unconditional")  # fmt: skip
     assert ShardSet.open(str(tmp_path / "unconditional")).classes is None
 
 
-def test_guidance_of_the_configuration_is_moot_where_it_cannot_be_had(
+def test_configured_guidance_is_ignored_for_models_without_it(
     draw: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     draw(source=generator(guidance=3.0), out=tmp_path / "a")
     assert ShardSet.open(str(tmp_path / "a")).settings["guidance"] == 1.0
     draw(source=generator(CLASSES, guidance=3.0), out=tmp_path / "b")
     assert ShardSet.open(str(tmp_path / "b")).settings["guidance"] == 3.0
-    with pytest.raises(ConfigError, match="this one is unconditional: leave them out"):
+    with pytest.raises(ConfigError, match=r"--guidance .* this one is unconditional: leave it out"):
         draw(source=generator(guidance=3.0), out=tmp_path / "c", guidance=2.0)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "ddpm"])
 @pytest.mark.parametrize("output", ["out", "grid", "video"])
-def test_a_stop_request_is_answered_before_the_next_pass_of_the_network(
+def test_a_stop_request_takes_effect_before_the_next_network_pass(
     draw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, output: str
 ) -> None:
     (tmp_path / "o").mkdir()
@@ -129,7 +134,7 @@ def _noting(entered: list[Any], init: Callable[[Any], None]) -> Callable[[Any], 
     return noting
 
 
-def test_a_sheet_of_a_finished_set_is_read_and_not_drawn(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_grid_of_a_finished_set_is_read_instead_of_drawn(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     draw(grid=tmp_path / "drawn.png")
     for format in ("tar", "png", "npz"):
         draw(out=tmp_path / format, format=format)
@@ -138,7 +143,7 @@ def test_a_sheet_of_a_finished_set_is_read_and_not_drawn(draw: Callable[..., dic
         assert (tmp_path / f"{format}.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
 
 
-def test_progress_counts_each_picture_that_was_asked_for_once(
+def test_progress_counts_each_requested_image_once(
     draw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Watched(Progress):
@@ -160,12 +165,12 @@ def test_progress_counts_each_picture_that_was_asked_for_once(
     ("seeds", "batch", "expected"),
     [("0-9", 4, 4), ("0-49999", 64, 256), ("0-9999", 64, 128), ("0-999999", 512, 1024), ("0-9999999", 4096, 4096)],
 )
-def test_there_are_shards_for_many_processes_whatever_their_number(
+def test_the_default_shard_size_leaves_shards_for_many_processes(
     monkeypatch: pytest.MonkeyPatch, seeds: str, batch: int, expected: int
 ) -> None:
     for world_size in ("1", "64"):
         monkeypatch.setenv("WORLD_SIZE", world_size)
-        assert job._shard_samples(job.Request(job.parse_seeds(seeds)), batch) == expected
+        assert default_shard_samples(SamplingRequest("run", parse_seeds(seeds)).images, batch, None) == expected
 
 
 def test_a_set_keeps_the_size_of_its_shards(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -184,7 +189,7 @@ def test_a_shard_that_is_no_multiple_of_the_batch_lowers_it_and_says_so(
     assert not capfd.readouterr().err
 
 
-def test_the_tasks_of_an_array_begin_at_their_places_and_each_completes_the_set(
+def test_array_tasks_start_at_different_shards_and_each_completes_the_set(
     draw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = list(range(10))
@@ -208,7 +213,9 @@ def test_ranks_of_a_launcher_share_out_all_shards() -> None:
     assert sorted(shard for part in parts for shard in part) == shards
 
 
-def test_samples_of_another_checkpoint_are_not_mixed_in(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_samples_of_another_checkpoint_are_not_added_to_a_set(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     draw("0-3", out=tmp_path / "set")
     before = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
     with pytest.raises(ConfigError, match=r"drawn differently .checkpoint_sha256: abab.* there, cdcd.* now"):
@@ -232,12 +239,15 @@ def test_a_set_is_drawn_wholly_compiled_or_wholly_not(
 
 
 def test_each_key_of_the_section_is_a_flag_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = SampleSection(
-        sampler="heun", steps=3, eta=0.5, spacing="trailing", variance="fixed_small", guidance=2, batch=7, compile=True
-    ).model_dump()
-    flags = [f"--{key}" if value is True else f"--{key}={value}" for key, value in keys.items()]
+    options = SamplingOptions(
+        sampler="heun", steps=3, eta=0.5, spacing="trailing", variance="fixed_small", guidance=2, batch=7, compile=True,
+        guidance_interval=(10, 30), dynamic_threshold=0.9, precision="fp32", label=1, size=(8, 16),
+    )  # fmt: skip
+    keys = options.model_dump(exclude={"timesteps", "max_step_ratio"})
+    written = keys | {"guidance_interval": "10-30", "size": "8x16"}
+    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in written.items()]
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(job, "from_flags", lambda source, settings, **_: asked.update(settings))
+    monkeypatch.setattr(job, "sample", lambda request, **_: asked.update(request.options))
     result = CliRunner().invoke(app, ["sample", "RUN", "--seeds", "0", *flags])
     assert result.exit_code == 0, result.output
     assert asked == keys

@@ -19,21 +19,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import scorer, storage
-from pipeline.data.batches import read_all
-from pipeline.data.imageset import ImageSet
-from pipeline.data.intake import Intake, Made, Placed
-from pipeline.data.integrity import verify
-from pipeline.data.pool import GoOn
-from pipeline.data.shardset import ShardSet
-from pipeline.data.sources import list_inputs
-from pipeline.data.summary import Summary
+from pipeline.data.loading.batches import read_all
+from pipeline.data.shards.build import ShardSetBuilder
+from pipeline.data.shards.image_task import ImageTask, NumberedInput, Outcome
+from pipeline.data.shards.shard_set import ShardSet
+from pipeline.data.shards.summary import Summary
+from pipeline.data.shards.verify import verify
+from pipeline.data.sources.listing import list_inputs
 from pipeline.errors import ConfigError, DataError, PipelineError
-from pipeline.score import reference
-from pipeline.shard import shard
-from tests.launch import ddpm
-from tests.test_features import npz, resnet_weights
-from tests.test_imageset import settings, write, write_pictures
+from pipeline.evaluation import extract, reference
+from pipeline.processes.pool import CheckStop
+from pipeline.storage import files
+from tests import warm
+from tests.data.shards.test_build import settings, write, write_images
+from tests.evaluation.test_features import npz, resnet_weights
+from tests.jobs import shard
+from tests.launch import ENVIRONMENT, command, ddpm
 
 DIGITS = str(Path(__file__).parent.parent / "shards" / "digits.zip")
 MESSY = Path(__file__).parent.parent.parent / "shared" / "data" / "messy" / "messy.tar"
@@ -79,8 +80,8 @@ ARGUMENTS = ("--size", "8", "--channels", "1", "--shard-samples", "200", "--work
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     """The job in a session of its own, as a terminal or SLURM starts it."""
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return warm.Popen(command(*arguments), env=ENVIRONMENT, **options)
 
 
 def start_digits(out: Path) -> subprocess.Popen[str]:
@@ -94,7 +95,7 @@ def wait_for_tars(out: Path, count: int) -> None:
         time.sleep(0.001)
 
 
-def test_a_killed_job_goes_on_to_the_same_bytes(digits: tuple[Path, Summary], tmp_path: Path) -> None:
+def test_a_killed_job_continues_to_the_same_bytes(digits: tuple[Path, Summary], tmp_path: Path) -> None:
     out = tmp_path / "set"
     for count in (1, 5):
         job = start_digits(out)
@@ -109,9 +110,9 @@ def test_a_killed_job_goes_on_to_the_same_bytes(digits: tuple[Path, Summary], tm
     assert verify(str(out)) == []
 
 
-def test_a_job_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_job_killed_at_any_moment_continues_to_the_same_bytes(tmp_path: Path) -> None:
     """Also with what one shard has to know of those before it."""
-    source = pictures_twice(tmp_path / "in")
+    source = images_twice(tmp_path / "in")
     command = ["shard", source, "--out", tmp_path / "set", "--size", "24", "--shard-samples", "25", "--workers", "2"]
     command += ["--dedupe", "near", "--max-bad-fraction", "1", "--quiet"]
     ddpm(*command[:3], tmp_path / "whole" / "set", *command[4:]).check_returncode()
@@ -139,7 +140,7 @@ def test_a_stop_request_ends_in_75_with_nothing_half_written(
     os.killpg(job.pid, number)
     _, errors = job.communicate(timeout=30)
     assert job.returncode == 75
-    assert f"stopped by {number.name} with " in errors and "the same command goes on from there" in errors
+    assert f"stopped by {number.name} with " in errors and "the same command continues from there" in errors
     assert "Traceback" not in errors
     assert not [name for name in os.listdir(out) if name.startswith(".") or name == "index.json"]
     assert 0 < finish(out).shards_made < 9
@@ -169,7 +170,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "text" / "a").write_text("a")
     (place / "text" / "b").write_text("b")
     (place / "cut.zip").write_bytes(Path(DIGITS).read_bytes()[:5000])
-    write_pictures(place / "mixed", [f"{i}.png" for i in range(9)])
+    write_images(place / "mixed", [f"{i}.png" for i in range(9)])
     (place / "mixed" / "bad.png").write_bytes(b"bad")
     return place
 
@@ -177,29 +178,29 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("source", "options", "kind", "message"),
     [
-        ("nowhere", {}, ConfigError, "nowhere: no such file or folder: check the name"),
-        ("text/a", {}, ConfigError, "text/a is not of a kind that is read: give a folder, .zip, .tar, .tar.gz"),
-        ("mixed", {"pad": True}, ConfigError, "--pad keeps pictures whole: give --crop none with it"),
-        ("mixed", {"part": "0/2", "dedupe": "near"}, ConfigError, "--dedupe near compares each picture with all befo"),
-        ("mixed", {"crop": "random", "dedupe": "exact"}, ConfigError, "--dedupe exact compares pictures as they are c"),
+        ("nowhere", {}, ConfigError, "nowhere: no such file or "),
+        ("text/a", {}, ConfigError, "text/a is not of a kind that is read: give a "),
+        ("mixed", {"pad": True}, ConfigError, "--pad keeps images whole: give --crop none with it"),
+        ("mixed", {"part": "0/2", "dedupe": "near"}, ConfigError, "--dedupe near compares each image with all befo"),
+        ("mixed", {"crop": "random", "dedupe": "exact"}, ConfigError, "--dedupe exact compares images as they are c"),
         (
             "mixed",
             {"labels": "no.csv"},
             ConfigError,
-            "--labels no.csv: there is no such file: give folder, none",
+            "--labels no.csv: there is no such file: give ",
         ),
         ("mixed", {"features": "no.npz"}, ConfigError, "no.npz cannot be read (No such file or directory): give an"),
         (".", {}, ConfigError, "lies inside the source"),
-        ("mixed", {"size": 0}, ConfigError, "--size, --shard-samples and --min-size are at least 1"),
-        ("mixed", {"background": "rainbow"}, ConfigError, "--background rainbow: write a colour as in CSS, such as"),
+        ("mixed", {"size": 0}, ConfigError, "--size 0x0: 1 to 16383 pixels a side"),
+        ("mixed", {"background": "rainbow"}, ConfigError, "--background rainbow: write a color as in CSS, such as"),
         ("mixed", {"part": "3/3"}, ConfigError, "--part 3/3: write I/N with I from 0 to N - 1, as in 3/16"),
-        ("mixed", {"size": 20000}, ConfigError, "--size 20000x20000: at most 16383 pixels a side"),
+        ("mixed", {"size": 20000}, ConfigError, "--size 20000x20000: 1 to 16383 pixels a side"),
         ("mixed", {"part": "1"}, ConfigError, "--part 1: write I/N"),
         ("mixed", {"part": "0/2", "overwrite": True}, ConfigError, "--overwrite: with --part each job would delete"),
-        ("mixed", {"channels": 2}, ConfigError, "--channels 2: 3 for colour or 1 for grey"),
-        ("empty", {}, DataError, "empty: not a single file in it: give a folder or archive that holds pictures"),
+        ("mixed", {"channels": 2}, ConfigError, "--channels 2: 3 for color or 1 for grey"),
+        ("empty", {}, DataError, "empty: not a single file in it: give a "),
         ("cut.zip", {}, DataError, "cut.zip cannot be read as a zip archive"),
-        ("text", {}, DataError, "not one of 2 inputs is a readable picture (2 not_an_image): {out}/rejected.jsonl nam"),
+        ("text", {}, DataError, "not one of 2 inputs is a readable image (2 not_an_image): {out}/rejected.jsonl nam"),
         ("mixed", {}, DataError, "1 of 10 inputs were rejected (1 not_an_image), more than --max-bad-fraction 0.05"),
     ],
 )
@@ -211,7 +212,7 @@ def test_misuse_is_one_line(
         shard([str(bad / source)], str(out), **{"size": 8, "workers": 1, "quiet": True, **options})
     assert message.format(out=out) in str(refused.value) and "\n" not in str(refused.value)
     assert (out / "index.json").exists() == ("max-bad" in message)
-    storage.remove(str(out))
+    files.remove(str(out))
 
 
 def test_the_exit_code_tells_and_the_line_is_the_only_one(bad: Path, tmp_path: Path) -> None:
@@ -257,8 +258,8 @@ def test_two_jobs_on_one_set_are_harmless(digits: tuple[Path, Summary], tmp_path
     for job in jobs:
         _, errors = job.communicate(timeout=120)
         assert job.returncode == 0, errors
-    files = {p.name: p.read_bytes() for p in (tmp_path / "set").iterdir()}
-    assert files == {p.name: p.read_bytes() for p in digits[0].iterdir()}
+    made = {p.name: p.read_bytes() for p in (tmp_path / "set").iterdir()}
+    assert made == {p.name: p.read_bytes() for p in digits[0].iterdir()}
 
 
 def test_of_two_jobs_with_other_settings_the_second_to_commit_is_refused(
@@ -268,7 +269,7 @@ def test_of_two_jobs_with_other_settings_the_second_to_commit_is_refused(
     out = tmp_path / "set"
     listing = list_inputs([DIGITS])
     first, second = (
-        ImageSet(str(out), settings(channels=1, shard_samples=200, format=kind), [DIGITS], listing)
+        ShardSetBuilder(str(out), settings(channels=1, shard_samples=200, format=kind), [DIGITS], listing)
         for kind in ("png", "webp")
     )
     write(first, first.tasks[:1], listing, channels=1, shard_samples=200)
@@ -284,57 +285,102 @@ def test_of_two_jobs_with_other_settings_the_second_to_commit_is_refused(
 def test_a_record_of_another_set_is_never_indexed(tmp_path: Path) -> None:
     """Two jobs that commit in the same instant: the mixture is noticed before there is an index."""
     out, listing = tmp_path / "set", list_inputs([DIGITS])
-    images = ImageSet(str(out), settings(channels=1, shard_samples=200), [DIGITS], listing)
-    other = ImageSet(str(tmp_path / "x" / "set"), settings(shard_samples=200), [DIGITS], listing)
+    images = ShardSetBuilder(str(out), settings(channels=1, shard_samples=200), [DIGITS], listing)
+    other = ShardSetBuilder(str(tmp_path / "x" / "set"), settings(shard_samples=200), [DIGITS], listing)
     write(images, images.tasks[:1], listing, channels=1, shard_samples=200)
     write(other, other.tasks[1:2], listing, shard_samples=200)
     for path in (tmp_path / "x" / "set").iterdir():
         path.rename(out / path.name)
     with pytest.raises(ConfigError, match=r"set is another set .channels was 3, now 1"):
-        images.look()
+        images.refresh()
 
 
-def test_a_folder_without_a_picture_is_an_empty_class_and_said_to_be(
+def test_a_directory_without_an_image_is_an_empty_class_with_a_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_pictures(tmp_path / "in", ["a/1.png", "b/2.png"])
+    write_images(tmp_path / "in", ["a/1.png", "b/2.png"])
     (tmp_path / "in" / "notes").mkdir()
     (tmp_path / "in" / "notes" / "read.me").write_text("text")
     summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), size=8, workers=1, max_bad_fraction=1, quiet=True)
     assert summary.classes == {"a": 1, "b": 1, "notes": 0}
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("warning: 1 of 3 folders hold no picture and are empty classes: notes;")
+    assert line.startswith("warning: 1 of 3 classes have no image: notes;")
+
+
+CLASS_LINES = {
+    "directories": (
+        ["cat/1.png", "dog/2.png", "3.png"],
+        {},
+        "2 classes: cat 1, dog 1; without a class: 1; from directories",
+    ),
+    "none wanted": (["cat/1.png"], {"labels": "none"}, "no classes: --labels none"),
+    "flat": (["1.png"], {}, "no classes: the images lie in no directory, and nothing else says their classes"),
+    "many": (
+        [f"c{i:02d}/1.png" for i in range(30)],
+        {},
+        f"30 classes: {', '.join(f'c{i:02d} 1' for i in range(10))} and 20 more; from directories",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CLASS_LINES)
+def test_the_last_line_says_the_classes_or_why_there_are_none(tmp_path: Path, kind: str) -> None:
+    names, options, line = CLASS_LINES[kind]
+    write_images(tmp_path / "in", names)
+    summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), size=8, workers=1, quiet=True, **options)
+    assert summary.as_text().splitlines()[-1] == line
+
+
+def test_files_of_labels_end_as_lines_that_do_not_count_as_bad(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", ["0.png", "1.png"])
+    (tmp_path / "in" / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,dog\n9.png,dog\n")
+    summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), size=8, workers=1, quiet=True)
+    assert summary.rejected == {"label_file": 1} and summary.classes == {"cat": 1, "dog": 1}
+    assert summary.as_text().endswith("from metadata.csv")
+
+
+def test_a_set_begun_with_another_order_of_its_classes_continues_and_other_classes_are_refused(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", [f"{i}/1.png" for i in range(11)])
+    listing = list_inputs(
+        [str(tmp_path / "in")], existing_classes=sorted(map(str, range(11)))
+    )  # as version 0.1 had them
+    images = ShardSetBuilder(str(tmp_path / "set"), settings(), [str(tmp_path / "in")], listing)
+    write(images, images.tasks[:1], listing)
+    made = {"size": 8, "shard_samples": 4, "workers": 1, "quiet": True}
+    assert shard([str(tmp_path / "in")], str(tmp_path / "set"), **made).shards_made == 2
+    assert ShardSet.open(str(tmp_path / "set")).classes == ("0", "1", "10", *"23456789")
+    (tmp_path / "in" / "metadata.csv").write_text("file_name,label\n0/1.png,cat\n")
+    with pytest.raises(ConfigError, match=r"classes were 0, 1, 10, 2, 3, .*, now cat; source was 11 files"):
+        shard([str(tmp_path / "in")], str(tmp_path / "set"), **made)
 
 
 def test_a_stop_asked_for_while_the_sources_are_listed_ends_in_75(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "in", ["1.png", "2.png"])
+    write_images(tmp_path / "in", ["1.png", "2.png"])
     (tmp_path / "stop").touch()
-    environment = {**os.environ, "DDPM_STOP_FILE": str(tmp_path / "stop")}
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "shard", str(tmp_path / "in")]
-    arguments = ["--out", str(tmp_path / "set"), "--size", "8"]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    arguments = ("shard", tmp_path / "in", "--out", tmp_path / "set", "--size", "8")
+    done = ddpm(*arguments, DDPM_STOP_FILE=str(tmp_path / "stop"))
     assert done.returncode == 75
     assert "stopped by the stop file before the first shard" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "set").exists()
 
 
-def pictures_twice(folder: Path) -> Path:
-    """150 pictures, then 50 of them again, as bytes, as other files of the same pixels, and compressed with losses."""
-    folder.mkdir(parents=True)
+def images_twice(directory: Path) -> Path:
+    """150 images, then 50 of them again, as bytes, as other files of the same pixels, and compressed with losses."""
+    directory.mkdir(parents=True)
     for i in range(150):
         coarse = Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 6, 3), dtype=np.uint8))
-        picture = coarse.resize((60, 60), Image.Resampling.BICUBIC)
-        picture.save(folder / f"a{i:03}.png")
+        image = coarse.resize((60, 60), Image.Resampling.BICUBIC)
+        image.save(directory / f"a{i:03}.png")
         if i % 3 == 0:
-            shutil.copy(folder / f"a{i:03}.png", folder / f"b{i:03}.png")
-            picture.save(folder / f"c{i:03}.bmp")
-            picture.save(folder / f"d{i:03}.jpg", quality=80)
-    return folder
+            shutil.copy(directory / f"a{i:03}.png", directory / f"b{i:03}.png")
+            image.save(directory / f"c{i:03}.bmp")
+            image.save(directory / f"d{i:03}.jpg", quality=80)
+    return directory
 
 
 @pytest.mark.parametrize(("dedupe", "dropped"), [("exact", 100), ("near", 150), ("none", 0)])
 def test_repetitions_are_rejected_and_name_what_was_kept(tmp_path: Path, dedupe: str, dropped: int) -> None:
-    source, out = pictures_twice(tmp_path / "in"), tmp_path / "set"
+    source, out = images_twice(tmp_path / "in"), tmp_path / "set"
     summary = shard(
         [str(source)], str(out), size=24, shard_samples=40, workers=2, dedupe=dedupe, max_bad_fraction=1, quiet=True
     )
@@ -348,7 +394,7 @@ def test_repetitions_are_rejected_and_name_what_was_kept(tmp_path: Path, dedupe:
 
 
 def test_a_shard_made_again_finds_the_same_repetitions(tmp_path: Path) -> None:
-    source, out = pictures_twice(tmp_path / "in"), tmp_path / "set"
+    source, out = images_twice(tmp_path / "in"), tmp_path / "set"
     options = {"size": 24, "shard_samples": 40, "workers": 2, "dedupe": "near", "max_bad_fraction": 1, "quiet": True}
     shard([str(source)], str(out), **options)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -358,9 +404,9 @@ def test_a_shard_made_again_finds_the_same_repetitions(tmp_path: Path) -> None:
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_padded_pictures_are_whole_and_never_enlarged(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "in", ["large.png"], side=(40, 20))
-    write_pictures(tmp_path / "in", ["small.png"], side=(4, 6))
+def test_padded_images_are_whole_and_never_enlarged(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", ["large.png"], side=(40, 20))
+    write_images(tmp_path / "in", ["small.png"], side=(4, 6))
     out = tmp_path / "set"
     shard([str(tmp_path / "in")], str(out), size=(10, 16), crop="none", pad=True, background="#102030", quiet=True)
     large, small = read_all(ShardSet.open(str(out))).images.permute(0, 2, 3, 1).numpy()
@@ -369,10 +415,8 @@ def test_padded_pictures_are_whole_and_never_enlarged(tmp_path: Path) -> None:
     np.testing.assert_array_equal(small[3:7, 5:11], np.asarray(Image.open(tmp_path / "in" / "small.png")))
 
 
-def test_labels_from_a_file_and_pictures_that_it_does_not_name(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(4)])
+def test_labels_from_a_file_and_images_that_it_does_not_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "in", [f"{i}.png" for i in range(4)])
     (tmp_path / "labels.csv").write_text("id,label\n0,frog\n1,cat\n3,frog\n7,dog\n")
     options = {"size": 8, "labels": str(tmp_path / "labels.csv"), "max_bad_fraction": 1, "quiet": True}
     summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), **options)
@@ -389,7 +433,7 @@ def test_labels_from_a_file_and_pictures_that_it_does_not_name(
 
 def test_the_table_ends_with_sizes_and_classes(tmp_path: Path) -> None:
     for side, names in ((9, ["a/1", "a/2", "b/3"]), (70, ["a/4"])):
-        write_pictures(tmp_path / "in", names, side=(side, 100))
+        write_images(tmp_path / "in", names, side=(side, 100))
     summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), size=16, quiet=True)
     assert summary.sizes == {"8": 3, "64": 1}
     lines = [line.split() for line in summary.as_text().splitlines()]
@@ -398,17 +442,17 @@ def test_the_table_ends_with_sizes_and_classes(tmp_path: Path) -> None:
     assert ["class", "b", "1", "#" * 14] in lines
 
 
-def test_a_preview_shows_pictures_of_all_classes(digits: tuple[Path, Summary], tmp_path: Path) -> None:
+def test_a_preview_shows_images_of_all_classes(digits: tuple[Path, Summary], tmp_path: Path) -> None:
     shutil.copytree(digits[0], tmp_path / "set")
     finish(tmp_path / "set", preview=str(tmp_path / "sheet.png"))
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape == (102, 102)  # ten times ten pictures of 8 px with gaps of 2
+    assert sheet.shape == (102, 102)  # ten times ten images of 8 px with gaps of 2
     expected = read_all(ShardSet.open(str(digits[0])), 100).images.numpy()
     np.testing.assert_array_equal(sheet[12:20, 2:10], expected[10, 0])
 
 
 def test_reference_statistics_lie_beside_the_index(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(30)])
+    write_images(tmp_path / "in", [f"{i}.png" for i in range(30)])
     network = npz(tmp_path / "resnet.npz", resnet_weights())
     options = {"size": 16, "features": str(network), "quiet": True}
     shard([str(tmp_path / "in")], str(tmp_path / "set"), **options)
@@ -416,7 +460,7 @@ def test_reference_statistics_lie_beside_the_index(tmp_path: Path) -> None:
     identity, found = reference.parse(str(place))
     shards = ShardSet.open(str(tmp_path / "set"))
     assert (identity.data_sha256, identity.settings_sha256) == (shards.sha256, shards.settings_sha256)
-    features = scorer.extractor(str(network), (16, 16))(read_all(shards).images).features.double().numpy()
+    features = extract.extractor(str(network), (16, 16))(read_all(shards).images).features.double().numpy()
     np.testing.assert_allclose(found.mean, features.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), atol=1e-6)
     assert found.count == 30 and verify(str(tmp_path / "set")) == []
@@ -432,30 +476,31 @@ def test_the_job_starts_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def deadly(intake: Intake, items: Sequence[Placed], go_on: GoOn) -> Iterator[Made]:
-    """What a decoder does that crashes at some pictures and never ends at others."""
+def deadly(image_task: ImageTask, items: Sequence[NumberedInput], check_stop: CheckStop) -> Iterator[Outcome]:
+    """What a decoder does that crashes at some images and never ends at others."""
     for item in items:
         if "crash" in item.input.name:
             os.abort()
         while "hang" in item.input.name:
             pass
-        yield from intake.make([item])
+        yield from image_task.make([item])
 
 
 DEADLY = """
 import functools, sys
 from pipeline import shard
-from pipeline.data import pool
+from pipeline.processes import pool
+from tests import jobs
 from tests.test_shard import deadly
-shard.intake.make = deadly
+shard.ImageTask.make = deadly
 shard.pool.run = functools.partial(pool.run, cpu_limit_s=1)
-print(shard.shard(sys.argv[1:2], sys.argv[2], size=8, workers=2, shard_samples=10, max_bad_fraction=1).rejected)
+print(jobs.shard(sys.argv[1:2], sys.argv[2], size=8, workers=2, shard_samples=10, max_bad_fraction=1).rejected)
 """
 
 
 def test_a_decoder_that_dies_costs_one_file(tmp_path: Path) -> None:
     names = [f"{i:02}.png" for i in range(25)]
-    write_pictures(tmp_path / "in", names)
+    write_images(tmp_path / "in", names)
     shard([str(tmp_path / "in")], str(tmp_path / "whole" / "set"), size=8, shard_samples=10, quiet=True)
     (tmp_path / "in" / "03.png").rename(tmp_path / "in" / "03crash.png")
     (tmp_path / "in" / "17.png").rename(tmp_path / "in" / "17hang.png")
@@ -487,7 +532,7 @@ print(finish(out).shards_made)
 """
 
 
-def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_job_continues_when_there_is_room(tmp_path: Path) -> None:
     unshare = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
     mount = f'mount -t tmpfs -o size=2m tmpfs "{tmp_path}"'
     if not shutil.which("unshare") or subprocess.run([*unshare, "sh", "-c", mount], check=False).returncode:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.sampleset import Format
+from pipeline.data.shards.sample_set import Format
 from pipeline.errors import ConfigError, Stopped
 from pipeline.verify import verify
+from tests.data.shards.test_sample_set import draw, finish, sample_set
+from tests.data.shards.test_shard_set import write_set
 from tests.launch import ddpm
-from tests.test_sampleset import draw, finish, sample_set
-from tests.test_shardset import write_set
 
 
 def test_shard_sets_are_checked_to_the_byte(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Pictures to shards and shards to batches: what lies between a folder of images and a tensor."""
+"""From image files to the batches of a training step: images, sources, shards, loading."""

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: schedules, objectives, samplers, likelihood. Pure; the network is a callable."""
+"""The mathematics of diffusion: schedules, losses, samplers, likelihood. Pure; the network is a callable."""

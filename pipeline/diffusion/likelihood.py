@@ -12,15 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.schedule import (
-    Denoise,
-    PredictionType,
-    Schedule,
-    Variance,
-    add_noise,
-    posterior,
-    reverse,
-)
+from pipeline.diffusion.process import Denoise, DiffusionProcess
+from pipeline.diffusion.schedule import Schedule
 
 _HALF_BIN = 1 / 255  # half the distance of two of 256 levels in [-1, 1]
 
@@ -40,69 +33,44 @@ class Bound(NamedTuple):
 
 
 def bits_per_dimension(
-    denoise: Denoise,
-    x0: Tensor,
-    schedule: Schedule,
-    noise: Callable[[int], Tensor],
-    *,
-    prediction_type: PredictionType,
-    variance: Variance,
-    clip: bool = True,
+    denoise: Denoise, x0: Tensor, process: DiffusionProcess, noise: Callable[[int], Tensor]
 ) -> Bound:
-    """The whole bound, in T network passes.
+    """The bound of each image, in T network passes.
 
     Args:
         denoise: the network.
-        x0: pictures of 256 levels in [-1, 1], (B, C, H, W).
-        schedule: the tables.
-        noise: timestep → standard normal, like x0; it noises the pictures for that term.
-        prediction_type: what the network predicts.
-        variance: of the reverse process.
-        clip: clip estimates of x0, as in sampling.
+        x0: images of 256 levels in [-1, 1], (B, C, H, W).
+        process: the diffusion; it clips estimates of x0 as in sampling.
+        noise: timestep → standard normal noise for that term, shaped like x0.
     """
     terms = []
-    for step in range(len(schedule)):
+    for step in range(len(process.schedule)):
         t = torch.full((len(x0),), step, dtype=torch.int64, device=x0.device)
-        xt = add_noise(x0, noise(step), t, schedule)
-        output = denoise(xt, t).to(x0.dtype)
-        terms.append(
-            variational_term(output, x0, xt, t, schedule, prediction_type=prediction_type, variance=variance, clip=clip)
-        )
-    prior, stacked = prior_term(x0, schedule), torch.stack(terms, dim=1)
+        xt = process.add_noise(x0, noise(step), t)
+        terms.append(variational_term(denoise(xt, t).to(x0.dtype), x0, xt, t, process))
+    prior, stacked = prior_term(x0, process.schedule), torch.stack(terms, dim=1)
     return Bound(stacked.sum(1) + prior, prior, stacked)
 
 
 def variational_term(
-    output: Tensor,
-    x0: Tensor,
-    xt: Tensor,
-    t: Tensor,
-    schedule: Schedule,
-    *,
-    prediction_type: PredictionType,
-    variance: Variance,
-    clip: bool,
+    output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, process: DiffusionProcess, *, clip: bool | None = None
 ) -> Tensor:
     """L_t for t > 0: KL(q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t)); for t = 0 the decoder's -log p(x_0 | x_1).
 
     Args:
         output: raw output of the network for (xt, t).
-        x0: pictures of 256 levels in [-1, 1], (B, C, H, W).
+        x0: images of 256 levels in [-1, 1], (B, C, H, W).
         xt: their noisy form at t, (B, C, H, W).
         t: int64, (B,).
-        schedule: the tables.
-        prediction_type: what the network predicts.
-        variance: of the reverse process.
-        clip: clip the estimate of x0.
+        process: the diffusion.
+        clip: clip the estimate of x0. Default: `process.clip`.
 
     Returns:
         Bits per dimension, (B,).
     """
-    true_mean, true_variance = posterior(x0, xt, t, schedule)
-    _, mean, log_variance = reverse(
-        output, xt, t, schedule, prediction_type=prediction_type, variance=variance, clip=clip
-    )
-    # At t = 0 the posterior is a point and its divergence infinite; the decoder's term takes its place.
+    true_mean, true_variance = process.posterior(x0, xt, t)
+    _, mean, log_variance = process.reverse(output, xt, t, clip=clip)
+    # At t = 0 the posterior is a point and its divergence is infinite; the decoder's term is used instead.
     first = t == 0
     true_variance = torch.where(first.reshape(true_variance.shape), 1, true_variance)
     divergence = _divergence(true_mean, true_variance.log(), mean, log_variance)
@@ -110,7 +78,7 @@ def variational_term(
 
 
 def prior_term(x0: Tensor, schedule: Schedule) -> Tensor:
-    """L_T = KL(q(x_T | x_0) ‖ N(0, 1)) in bits per dimension, (B,); no network can change it."""
+    """L_T = KL(q(x_T | x_0) ‖ N(0, 1)) in bits per dimension, (B,); independent of the network."""
     bar = schedule.alphas_cumprod[-1]
     mean, log_variance = bar.sqrt().to(x0.dtype) * x0, (1 - bar).log().to(x0.dtype)
     zero = torch.zeros((), dtype=x0.dtype, device=x0.device)
@@ -131,7 +99,7 @@ def decoder_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Te
     centred, scale = x0 - mean, (-log_variance / 2).exp()
     below = torch.special.log_ndtr((centred + _HALF_BIN) * scale)
     above = torch.special.log_ndtr((_HALF_BIN - centred) * scale)
-    # Between the two, mirrored into the lower tail, where a difference of two distribution functions loses no digits.
+    # Inner bins are mirrored into the lower tail, where the difference of two distribution functions loses no digits.
     distance = centred.abs()
     upper = torch.special.log_ndtr((_HALF_BIN - distance) * scale)
     lower = torch.special.log_ndtr((-_HALF_BIN - distance) * scale)

@@ -1,86 +1,84 @@
-"""What training minimises, one number a picture, in float32 whatever the autocast. Pure; shapes as in `schedule`."""
+"""The training loss, one number for each image, in float32 also under autocast. Pure; shapes as in `process`."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pipeline.config import DiffusionSection
 from pipeline.diffusion.likelihood import variational_term
-from pipeline.diffusion.schedule import Denoise, PredictionType, Schedule, add_noise, split, target
-
-LossWeighting = Literal["simple", "min_snr"]
+from pipeline.diffusion.process import Denoise, DiffusionProcess, split
 
 _BOUND_WEIGHT = 0.001  # λ of Nichol & Dhariwal 2021, section 3.1
 
 
 def loss(
-    denoise: Denoise,
-    x0: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    schedule: Schedule,
-    *,
-    prediction_type: PredictionType,
-    loss_weighting: LossWeighting = "simple",
-    min_snr_gamma: float = 5.0,
-    learned_variance: bool = False,
+    denoise: Denoise, x0: Tensor, t: Tensor, noise: Tensor, process: DiffusionProcess, section: DiffusionSection
 ) -> Tensor:
     """The squared error of the prediction (Ho et al. 2020, eq. 14), weighted by timestep.
 
-    With learned variance, L_hybrid = L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16): the
-    bound, in bits per dimension, trains the variance only, as the mean in it is held fixed.
+    If the variance is learned, L_hybrid = L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16),
+    where L_vlb trains the variance only, as the mean in it is held fixed. With the weighting `vlb` it is L_vlb alone,
+    and trains both. L_vlb is in bits per dimension and estimated by T times its term at t, without the constant L_T.
 
     Args:
         denoise: the network.
-        x0: pictures in [-1, 1], (B, C, H, W), float32.
+        x0: images in [-1, 1], (B, C, H, W), float32.
         t: int64, (B,), uniform in [0, T).
         noise: standard normal, like x0.
-        schedule: the tables, on the device of x0.
-        prediction_type: what the network predicts.
-        loss_weighting: `simple` weighs all timesteps alike; `min_snr` is given by `min_snr_weight`.
-        min_snr_gamma: γ of `min_snr`.
-        learned_variance: the network gives 2C channels and learns its variances.
+        process: the diffusion, on the device of x0.
+        section: `loss_weighting` and its parameters.
 
     Returns:
-        float32, (B,): means over C, H and W.
+        Mean over C, H and W, (B,), float32.
 
     Raises:
-        TypeError: 16-bit pictures or noise.
+        TypeError: images or noise have 16 bits.
+        ValueError: the variance is learned, but the network outputs none.
     """
-    xt = add_noise(x0, noise, t, schedule)
+    xt = process.add_noise(x0, noise, t)
     output = denoise(xt, t).to(x0.dtype)
+    if section.loss_weighting == "vlb":
+        return _bound_estimate(output, x0, xt, t, process)
     prediction, mixture = split(output, x0.shape[1])
-    error = (prediction - target(x0, noise, t, schedule, prediction_type)).square().flatten(1).mean(1)
-    if loss_weighting == "min_snr":
-        error = error * min_snr_weight(t, schedule, prediction_type, min_snr_gamma).to(error.dtype)
-    if not learned_variance:
+    error = (prediction - process.target(x0, noise, t)).square().flatten(1).mean(1)
+    if section.loss_weighting not in ("simple", "hybrid"):
+        error = error * weight(t, process, section).to(error.dtype)
+    if process.variance != "learned":
         return error
     if mixture is None:
         raise ValueError("the network does not learn variances: its output has as many channels as its input")
-    bound = variational_term(
-        torch.cat((prediction.detach(), mixture), dim=1),
-        x0,
-        xt,
-        t,
-        schedule,
-        prediction_type=prediction_type,
-        variance="learned",
-        clip=False,
-    )
-    return error + _BOUND_WEIGHT * len(schedule) * bound  # T times a uniformly drawn term estimates the sum
+    fixed_mean = torch.cat((prediction.detach(), mixture), dim=1)
+    return error + _BOUND_WEIGHT * _bound_estimate(fixed_mean, x0, xt, t, process)
 
 
-def min_snr_weight(t: Tensor, schedule: Schedule, prediction_type: PredictionType, gamma: float) -> Tensor:
-    """min(SNR, γ) in terms of x₀, expressed for what is predicted (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+def _bound_estimate(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, process: DiffusionProcess) -> Tensor:
+    """L_vlb without L_T, in bits per dimension, (B,): T times a term drawn uniformly estimates the sum."""
+    return len(process.schedule) * variational_term(output, x0, xt, t, process, clip=False)
 
-    An error in ε is SNR^½ times the one in x₀ that it causes, one in v (SNR + 1)^½ times.
 
-    Returns:
-        float64, (B,).
+def weight(t: Tensor, process: DiffusionProcess, section: DiffusionSection) -> Tensor:
+    """The weight of a squared error of the prediction at these timesteps, float64, (B,).
+
+    The papers state each weighting for an error in x₀ or in ε. Here it is converted to the prediction type: an error in
+    ε is SNR^½ times the corresponding error in x₀, an error in v (SNR + 1)^½ times.
+
+    Args:
+        t: int64, (B,).
+        process: the diffusion.
+        section: `min_snr`: min(SNR, γ) for x₀ (Hang et al. 2023, arXiv:2303.09556, section 3.4); `soft_min_snr`:
+            γ SNR/(SNR + γ) for x₀ (Crowson et al. 2024, arXiv:2401.11605, section 3.4; the paper has γ = σ_data^-2);
+            `sigmoid`: sigmoid(b - λ) (-dλ/dt) for ε, where λ is the log-SNR (Kingma & Gao 2023, arXiv:2303.00848;
+            Hoogeboom et al. 2024, arXiv:2410.19324); here -dλ/dt is divided by its mean.
     """
-    bar = schedule.alphas_cumprod[t]
-    snr = bar / (1 - bar)
-    per_x0 = snr.clamp(max=gamma)
-    return {"sample": per_x0, "epsilon": per_x0 / snr, "v_prediction": per_x0 / (snr + 1)}[prediction_type]
+    bar = process.schedule.alphas_cumprod[t]
+    snr, gamma = bar / (1 - bar), section.min_snr_gamma
+    if section.loss_weighting == "min_snr":
+        per_x0 = snr.clamp(max=gamma)
+    elif section.loss_weighting == "soft_min_snr":
+        per_x0 = gamma * snr / (snr + gamma)
+    else:
+        fall = -process.schedule.log_snr.diff()
+        speed = (fall / fall.mean())[(t - 1).clamp(min=0)]
+        per_x0 = snr * (section.sigmoid_bias - snr.log()).sigmoid() * speed
+    return {"sample": per_x0, "epsilon": per_x0 / snr, "v_prediction": per_x0 / (snr + 1)}[process.prediction_type]

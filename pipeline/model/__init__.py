@@ -1,1 +1,1 @@
-"""The network, its moving average, and its names in `diffusers`."""
+"""The network, its moving average (EMA), and its conversion from and to `diffusers`."""

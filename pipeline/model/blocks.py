@@ -1,6 +1,6 @@
-"""The parts of the U-Net: what stands between the levels and at each of them.
+"""The layers of the U-Net: residual blocks, attention, up- and downsampling.
 
-Shapes: B pictures, C channels, H and W pixels, N = H·W tokens, E features of the embedding of time and class. Under
+Shapes: B images, C channels, H and W pixels, N = H·W tokens, E features of the embedding of time and class. Under
 autocast the convolutions run in 16 bits; the embedding and the statistics of GroupNorm and softmax are float32.
 """
 
@@ -15,16 +15,16 @@ import torch.nn.functional as F  # noqa: N812  the field's name
 from torch import Tensor, nn
 
 from pipeline.model import kernels
-from pipeline.model.lean import LeanConv2d
+from pipeline.model.recompute import RecomputeConv2d
 
-_NEAR_ZERO = 1e-10  # of the last layer of each residual branch and of the output: the network begins as an identity
+_NEAR_ZERO = 1e-10  # scale of the last layer of a residual branch, which then starts as the identity
 
 
 _Layer = TypeVar("_Layer", bound=nn.Conv2d | nn.Linear)
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that keeps the precision of its weights under autocast: neighbouring timesteps differ little."""
+    """A linear layer that stays float32 under autocast, because embeddings of neighbouring timesteps differ little."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out) in the dtype of the weights."""
@@ -35,21 +35,21 @@ class Float32Linear(nn.Linear):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation that stays in the dtype of its input.
 
-    The kernels take the statistics of 16-bit input in float32; autocast would store the whole result in float32 too.
+    The kernels compute statistics of 16-bit input in float32. Autocast would also store the whole result in float32.
     """
 
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) → the same shape and dtype; weight and bias, (C,), may come from outside."""
+        """(B, C, H, W) → the same shape and dtype; weight and bias, (C,), replace the layer's own if given."""
         weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
         with torch.autocast(x.device.type, enabled=False):
             return kernels.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class Dropout(nn.Dropout):
-    """Dropout, with the random numbers that the device draws fastest."""
+    """Dropout, with the random generator that is fastest on the device."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape → the same."""
@@ -57,7 +57,7 @@ class Dropout(nn.Dropout):
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised convolutions beside a shortcut; the embedding enters between them."""
+    """Two convolutions with normalization and a shortcut; the embedding is added between the convolutions."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, embedding: int, groups: int, dropout: float, scale_shift: bool
@@ -65,21 +65,21 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, in_channels)
-        self.conv1 = glorot(LeanConv2d(in_channels, out_channels, 3, padding=1))
+        self.conv1 = glorot(RecomputeConv2d(in_channels, out_channels, 3, padding=1))
         self.embed = glorot(Float32Linear(embedding, 2 * out_channels if scale_shift else out_channels))
         self.norm2 = GroupNorm(groups, out_channels)
         self.dropout = Dropout(dropout)
-        self.conv2 = glorot(LeanConv2d(out_channels, out_channels, 3, padding=1), _NEAR_ZERO)
+        self.conv2 = glorot(RecomputeConv2d(out_channels, out_channels, 3, padding=1), _NEAR_ZERO)
         self.shortcut = (
-            glorot(LeanConv2d(in_channels, out_channels, 1)) if in_channels != out_channels else nn.Identity()
+            glorot(RecomputeConv2d(in_channels, out_channels, 1)) if in_channels != out_channels else nn.Identity()
         )
 
     def forward(self, embedding: Tensor, *parts: Tensor) -> Tensor:
         """Embedding (B, E) and features (B, C, H, W), in two parts on the way up, → (B, C', H, W)."""
-        if not self.conv1.lean:
-            parts = (_join(*parts),)  # or autograd would keep two copies
-        # First, so that its gradient, as wide as the parts, is made last, when less of the other branch is alive.
-        if isinstance(self.shortcut, LeanConv2d):
+        if not self.conv1.recompute:
+            parts = (_join(*parts),)  # otherwise autograd would store two copies
+        # Computed first, so that its gradient, as wide as the parts, is computed last, when less is alive.
+        if isinstance(self.shortcut, RecomputeConv2d):
             shortcut: Tensor = self.shortcut(*parts, prepare=_join if len(parts) > 1 else None)
         else:
             shortcut = _join(*parts)
@@ -94,13 +94,13 @@ class ResidualBlock(nn.Module):
 
 
 def _activated(
-    conv: LeanConv2d,
+    conv: RecomputeConv2d,
     norm: GroupNorm,
     *parts: Tensor,
     affine: tuple[Tensor, ...] = (),
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Joint, norm, scale and shift if there are any, SiLU, dropout, convolution."""
+    """Concatenation, normalization, scale and shift (if given), SiLU, dropout (if given), convolution."""
     count = len(parts)
 
     def prepare(*inputs: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _join(*parts: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions beside a shortcut."""
+    """Self-attention over all pixels, with a shortcut."""
 
     def __init__(self, channels: int, head_channels: int, groups: int) -> None:
         super().__init__()
@@ -139,11 +139,11 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2, padded on the right and below only, as TensorFlow's SAME does."""
+    """A convolution of stride 2, padded only on the right and at the bottom, like TensorFlow's SAME."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = glorot(LeanConv2d(channels, channels, 3, stride=2))
+        self.conv = glorot(RecomputeConv2d(channels, channels, 3, stride=2))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H/2, W/2)."""
@@ -152,11 +152,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Every pixel twice in each direction, then a convolution."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = glorot(LeanConv2d(channels, channels, 3, padding=1))
+        self.conv = glorot(RecomputeConv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, 2H, 2W)."""
@@ -164,12 +164,12 @@ class Upsample(nn.Module):
 
 
 class Head(nn.Module):
-    """Features → output."""
+    """The output layer: features → prediction."""
 
     def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels)
-        self.conv = glorot(LeanConv2d(channels, out_channels, 3, padding=1), _NEAR_ZERO)
+        self.conv = glorot(RecomputeConv2d(channels, out_channels, 3, padding=1), _NEAR_ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C', H, W)."""
@@ -177,9 +177,9 @@ class Head(nn.Module):
 
 
 def glorot(layer: _Layer, scale: float = 1.0, parts: int = 1) -> _Layer:
-    """Uniform weights of variance scale / mean of fan-in and fan-out, as in the original code, and no bias.
+    """Initialize: uniform weights of variance scale / mean(fan-in, fan-out), as in the original code; zero bias.
 
-    Several layers held in one, as parts of the outputs, each get their own fans.
+    `parts` layers may be stored as one, along the outputs; each part has its own fan-out.
     """
     assert layer.bias is not None
     for part in layer.weight.chunk(parts):

@@ -1,4 +1,4 @@
-"""A moving average of the weights: `ema-pytorch` with settings under which it moves, in float32, at every update."""
+"""A moving average (EMA) of the weights: `ema-pytorch`, in float32, updated after every step, also on the CPU."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 
 class Average(EMA):  # type: ignore[misc]
-    """An average that begins at the weights of the first update and then forgets ever more slowly.
+    """An average that starts at the weights of the first update and whose decay grows to `decay`.
 
-    Update n = 1, 2, … keeps a share of min(decay, 1 - n^(-3/4)) of the average, so that after 10 000 updates it spans
-    the last thousand instead of the random weights of the beginning. Take each optimizer step within `following`, and
-    call `update` between two of them if the last one counts. Its counters stay on the CPU, where reading them does not
-    stall a GPU: never move the average itself.
+    Update n = 1, 2, … has the decay min(decay, 1 - n^(-3/4)): after 10 000 updates the average covers about the last
+    thousand and no longer the random initial weights. Run each optimizer step inside `track_step`, then call `update`
+    before the next one, unless the step was skipped. Do not move the average to a GPU: its counters stay on the CPU,
+    where reading them does not stall the GPU.
 
-    On the host it takes no memory of a GPU and follows the same weights, which come in page-locked memory.
+    On the host the average takes no GPU memory; the weights are copied to page-locked memory after each step.
 
     Args:
         model: the bare module on its device, not wrapped by DDP or `torch.compile`, whose other parameter names
-            would leave the average still without a word.
-        decay: in [0, 1), the largest share kept.
-        on_host: keep the average in the host's memory and compute it there, instead of beside the model.
+            would silently stop the average from changing.
+        decay: the largest decay, in [0, 1).
+        on_host: store and compute the average on the host instead of on the model's device.
 
     Raises:
-        TypeError: a wrapped model, or 16-bit weights, in which the average would not move either.
+        TypeError: the model is wrapped, or has 16-bit weights, which are too coarse for an average.
     """
 
     def __init__(self, model: nn.Module, decay: float, *, on_host: bool = False) -> None:
@@ -52,21 +52,23 @@ class Average(EMA):  # type: ignore[misc]
         if on_host and self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
+        self._has_pending_update = False
 
     @contextmanager
-    def following(self) -> Iterator[None]:
-        """Around an optimizer step: sends the new weights to the host, if the average is there.
+    def track_step(self) -> Iterator[None]:
+        """Around an optimizer step: send the new weights to the host, if the average is there.
 
-        A GPU copies them beside what is queued after the step. Nobody waits but `update`, on the host, and the next
-        step, on the GPU, which must not change weights that are still being copied.
+        A GPU copies them beside what is queued after the step. The host waits for the copy when it computes the
+        average; the GPU waits for it before the next step, which must not change weights that are being copied.
         """
+        self.flush()
         if self._copied:
             self._copied.wait(torch.cuda.current_stream(self._device))
         yield
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         if self._on_host:
-            # `stream(None)` would begin to use a GPU.
+            # `stream(None)` would initialize CUDA.
             with torch.cuda.stream(self._stream) if self._stream else nullcontext(), torch.no_grad():
                 for parameter, weights in zip(self.model.parameters(), self._weights, strict=True):
                     parameter.copy_(weights, non_blocking=True)
@@ -74,18 +76,32 @@ class Average(EMA):  # type: ignore[misc]
             self._copied = self._stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
-        """Take in the weights of the last optimizer step."""
-        if self._copied:
-            self._copied.synchronize()
-        super().update()
+        """Take in the weights of the last optimizer step.
+
+        On the host this is done when the average is asked for or the next step begins: a GPU computes the next gradient
+        meanwhile.
+        """
+        if self._on_host:
+            self._has_pending_update = True
+        else:
+            super().update()
+
+    def flush(self) -> None:
+        """Compute the update that `update` has put off."""
+        if self._has_pending_update:
+            self._has_pending_update = False
+            if self._copied:
+                self._copied.synchronize()
+            super().update()
 
     def network(self) -> Any:
         """The averaged network, of the model's class and on its device: from the host, a copy not to be kept."""
+        self.flush()
         return copy.deepcopy(self.ema_model).to(self._device) if self._on_host else self.ema_model
 
 
 def _host_copy(model: nn.Module) -> nn.Module:
-    """The same network in the host's memory, page-locked if it is on a GPU, for only then nobody waits for a copy."""
+    """A copy of the network in host memory; page-locked if the model is on a GPU, so that copies are asynchronous."""
     host = copy.deepcopy(model).cpu()
     for parameter, original in zip(host.parameters(), model.parameters(), strict=True):
         if original.is_cuda:
@@ -93,12 +109,13 @@ def _host_copy(model: nn.Module) -> nn.Module:
     return host
 
 
-def ema_state(ema: EMA) -> tuple[dict[str, Tensor], int]:
+def ema_state(ema: Average) -> tuple[dict[str, Tensor], int]:
     """The average under the model's own parameter names (not copied), and the number of updates."""
+    ema.flush()
     return ema.ema_model.state_dict(), int(ema.step)
 
 
 def set_updates(ema: EMA, updates: int) -> None:
-    """Makes `ema` go on as after so many updates, from the weights that were put into it."""
+    """Set the number of updates, after loading averaged weights from a checkpoint."""
     ema.step.fill_(updates)
     ema.initted.fill_(updates > 0)

@@ -1,22 +1,23 @@
-"""Our weights and architecture in the words of `diffusers.UNet2DModel`, and back.
+"""Convert weights and architecture of our `UNet` to `diffusers.UNet2DModel` and back.
 
-Their `num_class_embeds` counts rows of the embedding table; ours has one more row than classes, the null label, and it
-is the last. So a table from elsewhere is taken to end with its null label too.
+In diffusers, `num_class_embeds` is the number of rows of the embedding table, and each row is a class. Our table has
+one more row, the last: the null label. Our exported configuration says so by `_label_dropout`, the share of training
+images whose label was hidden; diffusers keeps this key and ignores it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.config import DiffusionSection, ModelSection
+from pipeline.config import ModelSection
 from pipeline.errors import ConfigError, DataError
+from pipeline.untrusted import printable
 
-# Parts of a parameter's name, ours and theirs; each occurs in one place of a name only.
+# Parts of a parameter's name, here and in diffusers; each occurs at most once in a name.
 _NAMES = (
     ("time_mlp.0.", "time_embedding.linear_1."),
     ("time_mlp.2.", "time_embedding.linear_2."),
@@ -33,19 +34,12 @@ _NAMES = (
 )
 _RESAMPLERS = {"down_blocks": ".downsamplers.0.", "up_blocks": ".upsamplers.0."}
 _QKV = (".to_q.", ".to_k.", ".to_v.")
-# Attention in checkpoints of early diffusers, among them google/ddpm-cifar10-32.
+# Attention in checkpoints of early versions of diffusers, such as google/ddpm-cifar10-32.
 _OLD_NAMES = dict(zip((".query.", ".key.", ".value.", ".proj_attn."), (*_QKV, ".to_out.0.")))
 
-Variance = Literal["fixed_small", "fixed_large"]
-_VARIANCES: dict[str, Variance] = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",  # the same, by way of its logarithm
-    "fixed_large": "fixed_large",
-}
-
-# What our network is in their configuration, and what they take if nothing is said.
+# Keys of a diffusers configuration → (the only value that our network supports, the default in diffusers).
 _FIXED: dict[str, tuple[Any, Any]] = {
-    "act_fn": ("silu", "silu"),
+    "act_fn": ("silu", "silu"),  # also called swish
     "add_attention": (True, True),
     "center_input_sample": (False, False),
     "class_embed_type": (None, None),
@@ -59,81 +53,90 @@ _FIXED: dict[str, tuple[Any, Any]] = {
     "time_embedding_type": ("positional", "positional"),
     "upsample_type": ("conv", "conv"),
 }
+_READ = {
+    "attention_head_dim", "attn_norm_num_groups", "block_out_channels", "down_block_types", "dropout", "in_channels",
+    "layers_per_block", "norm_num_groups", "num_class_embeds", "out_channels", "resnet_time_scale_shift",
+    "sample_size", "time_embedding_dim", "up_block_types",
+}  # fmt: skip
+# Keys without effect on the output: class names, the timesteps of learned embeddings, settings of EMAModel.
+_IGNORED = {
+    "decay", "id2label", "inv_gamma", "label2id", "min_decay", "num_train_timesteps", "optimization_step", "power",
+    "update_after_step", "use_ema_warmup",
+}  # fmt: skip
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of our `UNet` under the names of `UNet2DModel`; the tensors are shared, not copied."""
-    theirs: dict[str, Tensor] = {}
-    for ours, value in state.items():
-        name = ours
-        for own, other in _NAMES:
-            name = name.replace(own, other)
+    """Rename weights of our `UNet` for `UNet2DModel`; tensors are shared, not copied."""
+    renamed: dict[str, Tensor] = {}
+    for original, value in state.items():
+        name = original
+        for part, diffusers_part in _NAMES:
+            name = name.replace(part, diffusers_part)
         name = name.replace(".resample.", _RESAMPLERS.get(name.partition(".")[0], ""))
         if ".qkv." in name:
-            theirs |= {name.replace(".qkv.", part): tensor for part, tensor in zip(_QKV, value.chunk(3))}
+            renamed |= {name.replace(".qkv.", part): tensor for part, tensor in zip(_QKV, value.chunk(3))}
         else:
-            theirs[name] = value
-    return theirs
+            renamed[name] = value
+    return renamed
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a `UNet2DModel` under the names of our `UNet`, also those written by early versions of diffusers.
+    """Rename weights of a `UNet2DModel`, also from early versions of diffusers, for our `UNet`.
 
     Raises:
-        DataError: queries without keys or values.
+        DataError: one of query, key and value is missing.
     """
-    ours: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for theirs, value in state.items():
-        name = theirs
+    renamed: dict[str, Tensor] = {}
+    attention: dict[str, dict[str, Tensor]] = {}
+    for original, value in state.items():
+        name = original
         for old, new in _OLD_NAMES.items():
             name = name.replace(old, new)
         for resampler in _RESAMPLERS.values():
             name = name.replace(resampler, ".resample.")
-        for own, other in _NAMES:
-            name = name.replace(other, own)
-        for part in _QKV:
-            if part in name:
-                parts.setdefault(name.replace(part, ".qkv."), {})[part] = value
-                break
+        for part, diffusers_part in _NAMES:
+            name = name.replace(diffusers_part, part)
+        if part := next((part for part in _QKV if part in name), ""):
+            attention.setdefault(name.replace(part, ".qkv."), {})[part] = value
         else:
-            ours[name] = value
-    for name, found in parts.items():
-        if len(found) < len(_QKV):
-            raise DataError(f"weights of {name}: only {', '.join(found)} there; take the file of a whole UNet2DModel")
-        ours[name] = torch.cat([found[part] for part in _QKV])
-    return ours
+            renamed[name] = value
+    for name, parts in attention.items():
+        if len(parts) < len(_QKV):
+            raise DataError(f"weights of {name}: only {', '.join(parts)} there; take the file of a whole UNet2DModel")
+        renamed[name] = torch.cat([parts[part] for part in _QKV])
+    return renamed
 
 
 def diffusers_config(section: ModelSection, channels: int, size: tuple[int, int]) -> dict[str, Any]:
-    """The `config.json` of the `UNet2DModel` that is the same function.
+    """The `config.json` of the equivalent `UNet2DModel`.
 
     Args:
-        section: our architecture.
-        channels: of the pictures.
-        size: (H, W) of the pictures, in pixels.
+        section: architecture of our network.
+        channels: channels of the images.
+        size: (H, W) of the images, in pixels.
 
     Raises:
-        ConfigError: `channel_mults` does not begin with 1; theirs always do.
+        ConfigError: `channel_mults` does not start with 1, as diffusers requires.
     """
     if section.channel_mults[0] != 1:
         raise ConfigError(
             f"model.channel_mults: begins with {section.channel_mults[0]}, which diffusers cannot express: it must be 1"
         )
-    groups = math.gcd(32, section.base_channels)
+    groups = section.groups
     attends = [min(size) >> level in section.attention_sizes for level in range(len(section.channel_mults))]
     return {
         "_class_name": "UNet2DModel",
-        **{key: ours for key, (ours, _) in _FIXED.items()},
+        **{key: supported for key, (supported, _) in _FIXED.items()},
         "attention_head_dim": section.head_channels,
         "attn_norm_num_groups": groups,
         "block_out_channels": [section.base_channels * mult for mult in section.channel_mults],
         "down_block_types": ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
-        "dropout": section.dropout,
+        "dropout": max(section.dropout_by_level),  # diffusers has one value for all levels
         "in_channels": channels,
         "layers_per_block": section.blocks_per_level,
         "norm_num_groups": groups,
         "num_class_embeds": section.num_classes + 1 if section.num_classes else None,
+        **({"_label_dropout": section.label_dropout} if section.num_classes else {}),
         "out_channels": 2 * channels if section.learned_variance else channels,
         "resnet_time_scale_shift": "scale_shift" if section.scale_shift else "default",
         "sample_size": size[0] if size[0] == size[1] else list(size),
@@ -142,21 +145,25 @@ def diffusers_config(section: ModelSection, channels: int, size: tuple[int, int]
 
 
 def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int, tuple[int, int]]:
-    """The arguments of `diffusers_config` that give this configuration.
+    """The inverse of `diffusers_config`.
+
+    If the table of classes has no null label, our network gets an untrained one, and `label_dropout` is 0.
 
     Returns:
         Architecture, channels, (H, W).
 
     Raises:
-        ConfigError: one line with everything that our network cannot be.
+        ConfigError: our network does not support the configuration; one line with all the reasons.
     """
+    if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
+        raise ConfigError(f"this diffusers model is a {kind}: only a UNet2DModel can be read here")
     if config.get("sample_size") is None:
-        raise ConfigError("sample_size is missing from the diffusers configuration: add the pictures' size in pixels")
+        raise ConfigError("sample_size is missing from the diffusers configuration: add the images' size in pixels")
     sample_size = config["sample_size"]
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
     widths = config.get("block_out_channels", (224, 448, 672, 896))
-    base, rows = widths[0], config.get("num_class_embeds")
+    base, classes = widths[0], _classes(config)
     scale_shift = config.get("resnet_time_scale_shift", "default")
     groups = config.get("norm_num_groups", 32)
     down = list(config.get("down_block_types", ("DownBlock2D", *["AttnDownBlock2D"] * 3)))
@@ -164,13 +171,18 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
     attends = [kind == "AttnDownBlock2D" for kind in down]
 
     problems = [
-        f"{key} is {config.get(key, default)!r}, not {ours!r}"
-        for key, (ours, default) in _FIXED.items()
-        if config.get(key, default) != ours
+        f"{key} is {config.get(key, default)!r}, not {supported!r}"
+        for key, (supported, default) in _FIXED.items()
+        if config.get(key, default) != supported and (key, config.get(key)) != ("act_fn", "swish")
+    ]
+    problems += [
+        f"{printable(key)} is {repr(value)[:80]}, which no UNet2DModel known here has"
+        for key, value in config.items()
+        if value is not None and not (key.startswith("_") or key in _FIXED or key in _READ or key in _IGNORED)
     ]
     wanted = {
         "out_channels": (out_channels, (channels, 2 * channels)),
-        "norm_num_groups": (groups, (math.gcd(32, base),)),
+        "norm_num_groups": (base % groups, (0,)),
         "attn_norm_num_groups": (
             config.get("attn_norm_num_groups") or (groups if scale_shift == "default" else None),
             (groups,),
@@ -180,7 +192,7 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
         "block_out_channels": ([width % base for width in widths], ([0] * len(widths),)),
         "down_block_types": (down, (["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],)),
         "up_block_types": (up, (["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],)),
-        "num_class_embeds": (rows == 1, (False,)),
+        "num_class_embeds": (classes is None, (False,)),
     }
     problems += [f"{key} is {config.get(key)!r}" for key, (value, allowed) in wanted.items() if value not in allowed]
     if problems:
@@ -189,56 +201,36 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
         base_channels=base,
         channel_mults=tuple(width // base for width in widths),
         blocks_per_level=config.get("layers_per_block", 2),
+        norm_groups=groups,
         attention_sizes=tuple(min(height, width) >> level for level, attention in enumerate(attends) if attention),
         head_channels=config.get("attention_head_dim", 8),
         dropout=config.get("dropout", 0.0),
-        num_classes=rows - 1 if rows else 0,
+        **({} if classes is None else classes),
         scale_shift=scale_shift == "scale_shift",
         learned_variance=out_channels == 2 * channels,
     )
     return section, channels, (height, width)
 
 
-def diffusion_from_diffusers(
-    scheduler: Mapping[str, Any], learned_variance: bool
-) -> tuple[DiffusionSection, Variance, bool]:
-    """What a `scheduler_config.json` describes; an empty one stands for the diffusion of Ho et al. 2020.
+def null_row_added(weights: Mapping[str, Tensor], section: ModelSection) -> dict[str, Tensor]:
+    """The weights, with a row of zeros for the null label if the table of classes has none."""
+    table = weights.get("class_embedding.weight")
+    if table is None or table.ndim != 2 or len(table) != section.num_classes:
+        return dict(weights)
+    return {**weights, "class_embedding.weight": torch.cat((table, table.new_zeros(1, table.shape[1])))}
 
-    Args:
-        scheduler: of a DDPMScheduler or one that knows a part of its settings, such as DDIMScheduler.
-        learned_variance: whether the network brings its own variance.
 
-    Returns:
-        Diffusion, variance of a DDPM step, and whether estimates of the clean picture are clipped to [-1, 1].
-
-    Raises:
-        ConfigError: one line with everything that cannot be had here.
-    """
-    timesteps = int(scheduler.get("num_train_timesteps", 1000))
-    schedule = {"linear": "linear", "squaredcos_cap_v2": "cosine"}.get(scheduler.get("beta_schedule", "linear"))
-    ends = (scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
-    if schedule is None or (schedule == "linear" and ends != (0.1 / timesteps, 20 / timesteps)):
-        raise ConfigError(
-            f"beta_schedule {scheduler.get('beta_schedule')!r} from {ends[0]} to {ends[1]} over {timesteps} timesteps "
-            "cannot be expressed here: take a model of linear betas (1e-4 to 0.02 at 1000 timesteps) or cosine ones"
-        )
-    variance_type = scheduler.get("variance_type", "fixed_small" if scheduler else "fixed_large")
-    wanted = {
-        "variance_type": ("learned_range",) if learned_variance and "variance_type" in scheduler else tuple(_VARIANCES),
-        "clip_sample_range": (1.0,),
-        "thresholding": (False,),
-        "rescale_betas_zero_snr": (False,),
-        "trained_betas": (None,),
-        "prediction_type": ("epsilon", "sample", "v_prediction"),
-    }
-    problems = [
-        f"{key} is {scheduler[key]!r}"
-        for key, allowed in wanted.items()
-        if key in scheduler and scheduler[key] not in allowed
-    ]
-    if problems:
-        raise ConfigError(f"this diffusers scheduler is not one that can be expressed here: {'; '.join(problems)}")
-    section = DiffusionSection(
-        timesteps=timesteps, schedule=schedule, prediction_type=scheduler.get("prediction_type", "epsilon")
-    )
-    return section, _VARIANCES.get(variance_type, "fixed_large"), scheduler.get("clip_sample", True)
+def _classes(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The keys of `ModelSection` that the table of classes determines; None if it is not supported."""
+    rows, hidden = config.get("num_class_embeds"), config.get("_label_dropout")
+    if rows is None:
+        return {}
+    # Version 0.1 wrote no `_label_dropout`; it is recognized by `attn_norm_num_groups`, which diffusers leaves empty.
+    early = config.get("attn_norm_num_groups") and config.get("resnet_time_scale_shift", "default") == "default"
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1 + (hidden is not None):
+        return None
+    if hidden is None and early and rows > 1:
+        return {"num_classes": rows - 1}
+    if hidden is None:
+        return {"num_classes": rows, "label_dropout": 0.0}
+    return {"num_classes": rows - 1, "label_dropout": hidden}

@@ -1,6 +1,6 @@
 """The U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B), with the options the field has added since.
 
-Shapes: B pictures, C channels, H and W pixels, N = H·W tokens, E = 4·base_channels embedding features. Under autocast
+Shapes: B images, C channels, H and W pixels, N = H·W tokens, E = 4·base_channels embedding features. Under autocast
 the convolutions run in 16 bits; the embedding of time and class, the statistics of GroupNorm and softmax, and the
 output are float32.
 """
@@ -28,13 +28,13 @@ from pipeline.model.blocks import (
     Upsample,
     glorot,
 )
-from pipeline.model.lean import LeanConv2d
+from pipeline.model.recompute import RecomputeConv2d
 
 Checkpointing = Literal["none", "attention", "blocks", "full"]
 
 
 class Level(nn.Module):
-    """What happens at one resolution: blocks, the attention after each (or nothing), and the way to the next level."""
+    """One resolution: residual blocks, attention (or identity) after each, and the down- or upsampling layer."""
 
     def __init__(
         self, blocks: list[ResidualBlock], attentions: list[Attention | nn.Identity], resample: nn.Module | None = None
@@ -45,8 +45,8 @@ class Level(nn.Module):
         self.resample = resample
 
 
-# Each module of these kinds is recomputed in the backward pass, by itself: the outputs of blocks are skips, which the
-# way up holds in any case, so one checkpoint for a whole level would keep hardly less and recompute far more at once.
+# Modules of these types are recomputed in the backward pass, one by one. The outputs of blocks are skip connections,
+# which are stored anyway, so one checkpoint for a whole level would save little memory and recompute more at once.
 _CHECKPOINTED: dict[str, tuple[type[nn.Module], ...]] = {
     "none": (),
     "attention": (Attention,),
@@ -56,25 +56,25 @@ _CHECKPOINTED: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 class UNet(nn.Module):
-    """Noisy picture, timestep and label → what the network is trained to predict.
+    """Noisy image, timestep and label → prediction.
 
-    Weights are initialised from torch's global generator; seed it before. Attention sits where the short side of the
-    feature map, at the size the network is built for, is one of `attention_sizes`; it stays there for other sizes.
+    Weights are initialized from torch's global generator; seed it before. A level has attention if the shorter side of
+    its feature map, for the image size given here, is one of `attention_sizes`; images of other sizes do not change it.
 
     Attributes:
         null_label: the label that stands for "no class", `num_classes`.
     """
 
     def __init__(self, section: ModelSection, *, channels: int, size: tuple[int, int]) -> None:
-        """Builds the network.
+        """Build the network.
 
         Args:
             section: its architecture.
-            channels: of the pictures.
-            size: (H, W) of the pictures it will be trained on.
+            channels: channels of the images.
+            size: (H, W) of the training images.
 
         Raises:
-            ConfigError: the size cannot be halved often enough, or heads or embedding do not divide the channels.
+            ConfigError: the size cannot be halved at each level, or `base_channels` or `head_channels` do not fit.
         """
         super().__init__()
         base, widths = section.base_channels, [section.base_channels * mult for mult in section.channel_mults]
@@ -83,16 +83,16 @@ class UNet(nn.Module):
         self._check_size(*size)
         self.base_channels = base
         self.null_label = section.num_classes
-        # All widths are multiples of the base, so one number of groups serves every norm; diffusers knows no other way.
-        groups, embedding = math.gcd(32, base), 4 * base
+        # All widths are multiples of the base, so one number of groups fits every norm, as in diffusers.
+        groups, embedding, dropouts = section.groups, 4 * base, section.dropout_by_level
 
-        def block(in_channels: int, out_channels: int) -> ResidualBlock:
+        def block(in_channels: int, level: int) -> ResidualBlock:
             return ResidualBlock(
                 in_channels,
-                out_channels,
+                widths[level],
                 embedding=embedding,
                 groups=groups,
-                dropout=section.dropout,
+                dropout=dropouts[level],
                 scale_shift=section.scale_shift,
             )
 
@@ -102,7 +102,7 @@ class UNet(nn.Module):
         def level(index: int, inputs: list[int], resample: nn.Module | None) -> Level:
             attends = min(size) >> index in section.attention_sizes
             return Level(
-                [block(width, widths[index]) for width in inputs],
+                [block(width, index) for width in inputs],
                 [attention(widths[index]) if attends else nn.Identity() for _ in inputs],
                 resample,
             )
@@ -119,7 +119,7 @@ class UNet(nn.Module):
             down.append(level(index, [width] + [out] * (blocks - 1), Downsample(out) if halves else None))
             skips += [out] * (blocks + halves)
             width = out
-        middle = Level([block(width, width), block(width, width)], [attention(width)])
+        middle = Level([block(width, self.halvings), block(width, self.halvings)], [attention(width)])
         for index, out in reversed(list(enumerate(widths))):
             inputs = [features + skips.pop() for features in [width] + [out] * blocks]
             up.append(level(index, inputs, Upsample(out) if index else None))
@@ -130,10 +130,10 @@ class UNet(nn.Module):
 
     @property
     def checkpointing(self) -> Checkpointing:
-        """What is computed twice to save memory; may be set at any time.
+        """What is recomputed in the backward pass to save memory; may be set at any time.
 
-        `attention`: attention, and what stands before convolutions (joints, norms, activations, padding): cheap things.
-        `blocks`: also the first convolution of each residual block. `full`: also the convolutions that enlarge.
+        `attention`: attention, and the cheap layers before convolutions (concatenation, norm, activation, padding).
+        `blocks`: also the first convolution of each residual block. `full`: also the convolutions of upsampling.
         """
         return self._checkpointing
 
@@ -141,24 +141,24 @@ class UNet(nn.Module):
     def checkpointing(self, policy: Checkpointing) -> None:
         self._checkpointing = policy
         for module in self.modules():
-            if isinstance(module, LeanConv2d):
-                module.lean = policy != "none"
+            if isinstance(module, RecomputeConv2d):
+                module.recompute = policy != "none"
 
     def compile_blocks(self) -> None:
-        """Compile each kind of block once, for its repetitions too: that starts sooner than one graph of everything.
+        """Compile each kind of block once: that takes less time than compiling the whole network.
 
-        Copies of the network are not compiled; checkpoints lie around the blocks, and do not notice.
+        Copies of the network are not compiled. Checkpoints wrap the blocks and work as before.
         """
         blocks = [module for module in self.modules() if isinstance(module, ResidualBlock | Attention)]
-        # All kinds count as compilations of the one function through which torch calls modules.
+        # torch counts all of them as compilations of one function, the one that calls modules.
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 2 * len(blocks))
         for block in blocks:
             block.compile(dynamic=False)
 
-    def round_ahead(self) -> None:
-        """Round to bf16 the weights that autocast would round at each call, to the same bits; not to be trained."""
+    def cast_weights_to_bf16_(self) -> None:
+        """Cast to bf16 the weights that autocast would cast at each call; outputs keep their bits. Not for training."""
         wide: list[nn.Module] = [module for module in self.modules() if isinstance(module, Float32Linear)]
-        if kernels.on_cpu(next(self.parameters())):  # its forms of norms and of upsampling take float32
+        if kernels.on_cpu(next(self.parameters())):  # the CPU kernels of norms and upsampling take float32
             wide += [module for module in self.modules() if isinstance(module, nn.GroupNorm)]
             wide += [module.conv for module in self.modules() if isinstance(module, Upsample)]
         for module in self.modules():
@@ -166,19 +166,19 @@ class UNet(nn.Module):
                 module.to(torch.bfloat16)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The raw output for noisy pictures.
+        """The network's raw output.
 
         Args:
-            x: (B, C, H, W), float32; H and W need not be the training size, but must be divisible like it.
+            x: noisy images, (B, C, H, W), float32; H and W may differ from training, but must be divisible alike.
             t: int64, (B,), timesteps.
-            labels: int64, (B,), in [0, num_classes]; `null_label` hides the class, and None hides all.
+            labels: int64, (B,), in [0, num_classes]; `null_label` means no class; None means no class for all images.
 
         Returns:
             float32, (B, C, H, W), or (B, 2C, H, W) with learned variance: prediction, then variance.
 
         Raises:
-            ConfigError: H or W cannot be halved often enough.
-            ValueError: labels for a network without classes.
+            ConfigError: H or W cannot be halved at each level.
+            ValueError: labels are given, but the network has no classes.
         """
         self._check_size(*x.shape[-2:])
         embedding = self._embed(t, labels)
@@ -194,17 +194,17 @@ class UNet(nn.Module):
         before, after = self.middle.blocks
         (attention,) = self.middle.attentions
         x = self._run(after, embedding, self._run(attention, self._run(before, embedding, x)))
-        enlarge: nn.Module = nn.Identity()
+        upsample: nn.Module = nn.Identity()
         for level in cast("Iterable[Level]", self.up):
             for block, attention in zip(level.blocks, level.attentions):
-                x = self._run(attention, self._run_enlarged(enlarge, block, embedding, x, skips.pop()))
-                enlarge = nn.Identity()
-            enlarge = level.resample or enlarge
+                x = self._run(attention, self._run_upsampled(upsample, block, embedding, x, skips.pop()))
+                upsample = nn.Identity()
+            upsample = level.resample or upsample
         output: Tensor = self.head(x)
         return output.to(embedding.dtype)
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """What every block is told, (B, E) float32: time and class, activated."""
+        """The embedding of timestep and class, after SiLU: (B, E) float32, the input of every block."""
         embedding: Tensor = self.time_mlp(sinusoids(t, self.base_channels))
         if self.class_embedding is not None:
             labels = torch.full_like(t, self.null_label) if labels is None else labels
@@ -221,12 +221,14 @@ class UNet(nn.Module):
         output: Tensor = module(*inputs)
         return output
 
-    def _run_enlarged(self, enlarge: nn.Module, block: nn.Module, embedding: Tensor, x: Tensor, skip: Tensor) -> Tensor:
+    def _run_upsampled(
+        self, upsample: nn.Module, block: nn.Module, embedding: Tensor, x: Tensor, skip: Tensor
+    ) -> Tensor:
         if self.checkpointing == "full":
-            both = lambda embedding, x, skip: block(embedding, enlarge(x), skip)  # noqa: E731
+            both = lambda embedding, x, skip: block(embedding, upsample(x), skip)  # noqa: E731
             recomputed: Tensor = checkpoint(both, embedding, x, skip, use_reentrant=False)
             return recomputed
-        return self._run(block, embedding, enlarge(x), skip)
+        return self._run(block, embedding, upsample(x), skip)
 
     def _check_size(self, height: int, width: int) -> None:
         multiple = 1 << self.halvings
@@ -240,18 +242,20 @@ class UNet(nn.Module):
 
 
 def sinusoids(t: Tensor, features: int) -> Tensor:
-    """Sines, then cosines, of t at `features / 2` frequencies from 1 down to 1e-4.
+    """Sinusoidal embedding: sines, then cosines, of t at `features / 2` frequencies from 1 down to 1e-4.
 
     Args:
-        t: (B,), timesteps.
-        features: even, at least 4.
+        t: timesteps, (B,).
+        features: width of the embedding, even, at least 4.
 
     Returns:
         float32, (B, features).
     """
     half = features // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-math.log(1e4) * steps / (half - 1))  # in this order, rounded as diffusers rounds
+    frequencies = torch.exp(
+        -math.log(1e4) * steps / (half - 1)
+    )  # this order of operations gives the same rounding as diffusers
     angles = t.to(torch.float32)[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 

@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from pipeline import storage
+from pipeline.checkpoints.checkpoint import newest_checkpoint, remove_old, verify_checkpoints
 from pipeline.errors import DataError
-from pipeline.run.checkpoint import newest, retain, verify
-from tests.test_checkpoint import FILES, assert_holds, content, find, folder, kept, save
+from pipeline.storage import files
+from tests.checkpoints.test_checkpoint import FILES, assert_holds, content, directory, find_checkpoint, kept, save
 
 CHANGES = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate")
 
@@ -68,13 +68,13 @@ def watch(root: str, before_each: Callable[[], None]) -> None:
         fsync(descriptor)
 
     @contextmanager
-    def publishing(url: str, publishing: Callable[..., Any] = storage.publishing, **options: bool) -> Iterator[Halves]:
+    def publishing(url: str, publishing: Callable[..., Any] = files.publishing, **options: bool) -> Iterator[Halves]:
         with publishing(url, **options) as file:
             yield Halves(file, before_each)
 
     sys.addaudithook(audit)
     os.fsync = fsync
-    storage.publishing = publishing  # type: ignore[assignment]
+    files.publishing = publishing  # type: ignore[assignment]
 
 
 def die_at(operation: int, work: Callable[[], object], root: str) -> bool:
@@ -112,7 +112,7 @@ def crash_points(work: Callable[[], object], root: str, prepare: Callable[[], ob
 
 
 def committed(run: str, step: int) -> bool:
-    return storage.exists(storage.join(folder(run, step), "manifest.json"))
+    return files.exists(files.join(directory(run, step), "manifest.json"))
 
 
 def test_killed_at_any_operation_of_a_save_the_run_goes_on_from_the_right_step(
@@ -121,14 +121,14 @@ def test_killed_at_any_operation_of_a_save_the_run_goes_on_from_the_right_step(
     deaths, complete = 0, []
     for _, lived in crash_points(lambda: save(run, 20), run, lambda: save(run, 10)):
         deaths += not lived
-        found, rejected = newest(run)
+        found, rejected = newest_checkpoint(run)
         complete.append(committed(run, 20))
         assert_holds(found, 20 if complete[-1] else 10)
-        begun = storage.exists(folder(run, 20))
+        begun = files.exists(directory(run, 20))
         assert rejected == (["ignored step_00000020: no manifest.json"] if begun and not complete[-1] else [])
         save(run, 20)  # the next start
         assert content(run, 20) == whole
-        assert verify(run) == []
+        assert verify_checkpoints(run) == []
     assert deaths >= 6 * len([*FILES, "manifest.json"])  # opened, written in two, flushed, named, and that flushed
     assert complete == sorted(complete) and complete[-1] and not complete[-3]  # the manifest's name comes last
 
@@ -139,30 +139,30 @@ def test_killed_at_any_operation_of_several_saves_with_retention_nothing_that_wa
     def work() -> None:
         for step in steps[1:]:
             save(run, step)
-            retain(run, keep_last, 0, sound=[folder(run, step)])
+            remove_old(run, keep_last, 0, verified_paths=[directory(run, step)])
 
     reached, deaths = 0, 0
     for _, lived in crash_points(work, run, lambda: save(run, 10)):
         deaths += not lived
-        found, _ = newest(run)
+        found, _ = newest_checkpoint(run)
         assert found is not None and found.step >= reached  # dying later never goes on from earlier
         reached = found.step
         assert_holds(found, reached)
         assert max(filter(lambda step: committed(run, step), steps)) == reached
         before = [step for step in steps if step < reached][-(keep_last - 1) :]
         for step in before:
-            assert_holds(find(folder(run, step))[0], step)
+            assert_holds(find_checkpoint(directory(run, step))[0], step)
         save(run, reached + 10)  # the next start
-        retain(run, keep_last, 0)
+        remove_old(run, keep_last, 0)
         assert kept(run) == [reached, reached + 10]
-        assert_holds(newest(run)[0], reached + 10)
-        assert verify(run) == []
+        assert_holds(newest_checkpoint(run)[0], reached + 10)
+        assert verify_checkpoints(run) == []
     assert reached == 40 and deaths >= 3 * 6 * len([*FILES, "manifest.json"])
 
 
 def test_killed_in_the_first_save_the_run_starts_anew(run: str, whole: dict[str, bytes]) -> None:
     for _, _ in crash_points(lambda: save(run, 20), run, lambda: None):
-        found, _ = newest(run)
+        found, _ = newest_checkpoint(run)
         assert (found is not None) == committed(run, 20)
         save(run, 20)
         assert content(run, 20) == whole
@@ -172,10 +172,10 @@ def test_killed_while_a_damaged_checkpoint_is_replaced_nothing_is_lost(run: str,
     def damaged() -> None:
         save(run, 10)
         save(run, 20)
-        Path(folder(run, 20), "ema.safetensors").write_bytes(b"")
+        Path(directory(run, 20), "ema.safetensors").write_bytes(b"")
 
     for _, lived in crash_points(lambda: save(run, 20), run, damaged):
-        found, _ = newest(run)
+        found, _ = newest_checkpoint(run)
         assert found is not None and (found.step == 20 or not lived)
         assert_holds(found, found.step)
         save(run, 20)
@@ -187,20 +187,20 @@ def test_killed_at_any_operation_of_retention_the_newest_stay(run: str) -> None:
         for step in (10, 20, 30, 40):
             save(run, step)
             for name in FILES:  # newer than the manifest: a directory may list, and so lose, the newest first
-                path = Path(folder(run, step), name)
+                path = Path(directory(run, step), name)
                 data = path.read_bytes()
                 path.unlink()
                 path.write_bytes(data)
 
     deaths = 0
-    for _, lived in crash_points(lambda: retain(run, 2, 0), run, prepare):
+    for _, lived in crash_points(lambda: remove_old(run, 2, 0), run, prepare):
         deaths += not lived
-        found, rejected = newest(run)
+        found, rejected = newest_checkpoint(run)
         assert_holds(found, 40)
         assert rejected == []
-        assert all(finding.endswith("no manifest.json") for finding in verify(run))  # no half checkpoint looks whole
-        retain(run, 2, 0)
-        assert_holds(find(folder(run, 30))[0], 30)
+        assert all(finding.endswith("no manifest.json") for finding in verify_checkpoints(run))
+        remove_old(run, 2, 0)
+        assert_holds(find_checkpoint(directory(run, 30))[0], 30)
         assert kept(run) == [30, 40]
     assert deaths >= 12
 
@@ -232,10 +232,10 @@ def test_a_disk_that_fails_at_any_flush_leaves_the_older_checkpoint_and_no_remai
                 break
             except DataError as error:
                 assert str(error).startswith(f"cannot write {run}/checkpoints") and "\n" not in str(error)
-        assert not storage.exists(folder(run, 20))  # so that it does not hold the space the next attempt needs
-        assert_holds(newest(run)[0], 10)
+        assert not files.exists(directory(run, 20))  # so that it does not hold the space the next attempt needs
+        assert_holds(newest_checkpoint(run)[0], 10)
         save(run, 20)
-        assert_holds(newest(run)[0], 20)
+        assert_holds(newest_checkpoint(run)[0], 20)
         failing += 1
     assert failing >= 2 * len([*FILES, "manifest.json"]) + 1
 
@@ -243,6 +243,6 @@ def test_a_disk_that_fails_at_any_flush_leaves_the_older_checkpoint_and_no_remai
 def test_the_remains_of_a_killed_retention_are_removed_by_the_next(run: str) -> None:
     for step in (10, 20, 30):
         save(run, step)
-    storage.remove(storage.join(folder(run, 10), "manifest.json"))  # killed here
-    retain(run, 2, 0)
+    files.remove(files.join(directory(run, 10), "manifest.json"))  # killed here
+    remove_old(run, 2, 0)
     assert kept(run) == [20, 30]

@@ -1,4 +1,4 @@
-"""A seed gives the same picture, bit for bit, for any number of processes, any range it is part of, and after kills."""
+"""A seed gives the same image, bit for bit, for any number of processes, any range it is part of, and after kills."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.launch import ENVIRONMENT, ddpm, kill, launch, start, until
+from tests import warm
+from tests.launch import ENVIRONMENT, command, ddpm, kill, launch, start, until
 
 SEEDS = "0-39"
 FLAGS = ("--seeds", SEEDS, "--shard-samples", "8")
@@ -26,7 +25,7 @@ def hashes(samples: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(samples.glob("*.tar"))}
 
 
-def pictures(samples: Path) -> dict[str, bytes]:
+def images(samples: Path) -> dict[str, bytes]:
     found = {}
     for path in samples.glob("*.tar"):
         with tarfile.open(path) as tar:
@@ -73,10 +72,10 @@ def test_a_killed_job_does_only_what_is_missing(alone: Path, tiny_run: Path, tmp
 def test_a_job_stopped_on_request_goes_on_from_there(
     alone: Path, tiny_run: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    out, arguments = tmp_path / "samples", ("sample", tiny_run, "--seeds", "0-1999", "--shard-samples", "8", "--out")
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *map(str, arguments), str(out)]
+    out = tmp_path / "samples"
+    asked = command("sample", tiny_run, "--seeds", "0-1999", "--shard-samples", "8", "--out", out)
     with (tmp_path / "log").open("w") as log:
-        job = subprocess.Popen(command, env=ENVIRONMENT, stderr=log)
+        job = warm.Popen(asked, env=ENVIRONMENT, stderr=log)
     assert until(lambda: bool(list(out.glob("shard_*.json"))), job)
     job.send_signal(number)
     assert job.wait(60) == 75
@@ -91,11 +90,10 @@ def test_a_job_stopped_on_request_goes_on_from_there(
 
 
 def test_the_tasks_of_an_array_make_one_set(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
-    out, command = tmp_path / "samples", [sys.executable, "-c", "from pipeline.cli import main; main()", "sample"]
-    jobs = []
+    out, jobs = tmp_path / "samples", []
     for task in ("1", "2"):
         array = {f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", task), ("MIN", "1"), ("COUNT", "2"))}
-        jobs.append(subprocess.Popen([*command, str(tiny_run), *FLAGS, "--out", str(out)], env=ENVIRONMENT | array))
+        jobs.append(warm.Popen(command("sample", tiny_run, *FLAGS, "--out", out), env=ENVIRONMENT | array))
     assert [job.wait(120) for job in jobs] == [0, 0]
     assert hashes(out) == hashes(alone)
     assert (out / "index.json").read_bytes() == (alone / "index.json").read_bytes()
@@ -103,7 +101,7 @@ def test_the_tasks_of_an_array_make_one_set(alone: Path, tiny_run: Path, tmp_pat
 
 def test_a_seed_does_not_depend_on_the_range_it_is_asked_in(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
     ddpm("sample", tiny_run, "--seeds", "5,17-22", "--shard-samples", "8", "--out", tmp_path / "few").check_returncode()
-    few, all_of_them = pictures(tmp_path / "few"), pictures(alone)
+    few, all_of_them = images(tmp_path / "few"), images(alone)
     assert sorted(few) == [f"{seed:09d}.png" for seed in (5, 17, 18, 19, 20, 21, 22)]
     assert all(few[name] == all_of_them[name] for name in few)
 
@@ -118,22 +116,22 @@ def test_extending_a_set_rewrites_only_a_partial_shard(alone: Path, tiny_run: Pa
     assert json.loads((out / "index.json").read_text())["samples"] == 40
 
 
-def test_another_batch_size_gives_nearly_the_same_pictures(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_another_batch_size_gives_nearly_the_same_images(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
     ddpm("sample", tiny_run, *FLAGS, "--batch", "1", "--out", tmp_path / "one").check_returncode()
-    one, four = pictures(tmp_path / "one"), pictures(alone)
+    one, four = images(tmp_path / "one"), images(alone)
     for name, data in one.items():
         a, b = (np.asarray(Image.open(io.BytesIO(x))).astype(int) for x in (data, four[name]))
         assert np.abs(a - b).max() <= 1
 
 
-def test_loose_pngs_and_npz_hold_the_same_pictures(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_loose_pngs_and_npz_hold_the_same_images(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
     ddpm("sample", tiny_run, *FLAGS, "--format", "png", "--out", tmp_path / "png").check_returncode()
     ddpm("sample", tiny_run, *FLAGS, "--format", "npz", "--out", tmp_path / "npz").check_returncode()
-    tars = pictures(alone)
+    tars = images(alone)
     assert {path.name: path.read_bytes() for path in (tmp_path / "png").rglob("*.png")} == tars
     with np.load(tmp_path / "npz" / "shard_000002.npz") as shard:
-        for seed, picture in zip(shard["seeds"], shard["images"]):
-            assert (np.asarray(Image.open(io.BytesIO(tars[f"{seed:09d}.png"]))) == picture[..., 0]).all()
+        for seed, image in zip(shard["seeds"], shard["images"]):
+            assert (np.asarray(Image.open(io.BytesIO(tars[f"{seed:09d}.png"]))) == image[..., 0]).all()
 
 
 def test_labels_go_round_by_seed_or_are_the_one_asked_for(alone: Path, tiny_run: Path, tmp_path: Path) -> None:
@@ -155,7 +153,7 @@ def test_other_settings_are_not_mixed_into_a_set(tiny_run: Path, alone: Path) ->
     assert hashes(alone) == before
 
 
-def test_grid_and_video_show_the_pictures(tiny_run: Path, tmp_path: Path) -> None:
+def test_grid_and_video_show_the_images(tiny_run: Path, tmp_path: Path) -> None:
     result = ddpm("sample", tiny_run, "--seeds", "0-8", "--grid", tmp_path / "g.png", "--video", tmp_path / "v.mp4")
     assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "g.png").size == (3 * 10 + 2, 3 * 10 + 2)

@@ -14,11 +14,11 @@ STEPS = 16
 SETTINGS = ("train.micro_batch=3", "run.checkpoint_every=1", f"train.steps={STEPS}", "data.workers=1")
 
 
-def trace(folder: Path) -> list[list[object]]:
+def trace(directory: Path) -> list[list[object]]:
     """What the steps were made of, in order; of a step that was done twice, the second time."""
     steps: dict[int, list[list[object]]] = {}
     starts: dict[int, int] = {}
-    for path in sorted(folder.glob("*.jsonl"), key=lambda path: tuple(map(int, path.stem.split("-")))):
+    for path in sorted(directory.glob("*.jsonl"), key=lambda path: tuple(map(int, path.stem.split("-")))):
         begun = int(path.stem.split("-")[0])
         for line in path.read_text().splitlines():
             if not line.endswith("]]"):

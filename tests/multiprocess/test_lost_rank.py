@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
+import pytest
 
-from pipeline.data.shardset import ShardSet
-from tests.launch import TINY, ddpm, ended, kill, launch, logged_steps, ranks, start, until
+from pipeline.data.shards.shard_set import ShardSet
+from tests.launch import TINY, committed_step, ddpm, ended, kill, launch, logged_steps, ranks, start, until
 
 LONG = (*TINY, "train.steps=100000", "run.checkpoint_every=10", "run.log_every=1")
 
@@ -46,11 +46,12 @@ def test_a_rank_that_hangs_is_named_with_its_phase(digits: Path, tmp_path: Path)
     victim = ranks(launcher)[1]
     victim.suspend()
     stopped = time.monotonic()
-    until((run / "FAILED.json").exists, launcher, 60)
+    blamed = f"rank 1 (process {victim.pid} on "
+    until(lambda: (run / "FAILED.json").exists() and blamed in failed(run)["error"], launcher, 60)
     assert time.monotonic() - stopped < 40
-    assert f"rank 1 (process {victim.pid} on " in failed(run)["error"]
+    assert blamed in failed(run)["error"]
     kill(launcher)
-    assert f"rank 1 (process {victim.pid} on " in log.read_text()
+    assert blamed in log.read_text()
 
 
 def test_the_first_rank_that_fails_is_recorded_and_the_others_point_at_it(digits: Path, tmp_path: Path) -> None:
@@ -67,6 +68,20 @@ def test_the_first_rank_that_fails_is_recorded_and_the_others_point_at_it(digits
     assert "crc32" in told["error"] and told["exit_code"] == 3 and "Traceback" in told["trace"]
     assert f"rank {told['rank']} on " in log.read_text()
     assert "failed first" in log.read_text()
+
+
+@pytest.mark.parametrize(("every", "told"), [
+    (2, "step 6 is not saved: its weights give no finite loss: "), (4, "not finite in 3 steps in a row, up to step 8: ")
+])  # fmt: skip
+def test_all_ranks_end_when_the_weights_explode(digits: Path, tmp_path: Path, every: int, told: str) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = (f"data.shards={digits}", f"run.dir={run}", "train.lr_stages=[[4, 0.001], [1, 1e30]]",
+                "train.warmup_steps=0", "train.max_bad_steps=3", f"run.checkpoint_every={every}")  # fmt: skip
+    assert launch(2, "train", *LONG, *settings, log=log, timeout_s=90) == 1
+    ended = failed(run)
+    assert told in ended["error"] and ended["exit_code"] == 2
+    assert "; newest sound checkpoint: step_00000004: " in ended["error"]
+    assert committed_step(run) == 4 and "lost contact" not in log.read_text()
 
 
 def test_a_second_trainer_is_told_who_holds_the_run(digits: Path, tmp_path: Path) -> None:
@@ -96,7 +111,7 @@ def test_a_frozen_holder_finds_out_and_writes_no_more(digits: Path, tmp_path: Pa
     arguments = (*LONG, f"data.shards={digits}", f"run.dir={run}", "data.workers=0")
     zombie = start(1, "train", *arguments, log=log)
     assert until(lambda: logged_steps(run) >= 12, zombie)
-    (process,) = (p for p in psutil.Process(zombie.pid).children() if "train" in " ".join(p.cmdline()))
+    process = ranks(zombie)[0]
     process.suspend()
     # As if it ran on another machine, where its process cannot be looked at.
     (lease,) = (run / "control").glob("lease-*.json")

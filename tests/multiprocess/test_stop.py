@@ -20,17 +20,18 @@ SLOW = (*TINY, "train.global_batch=480", "train.micro_batch=60", "train.steps=40
 
 
 class Running:
-    """A run of two ranks that has done its first steps."""
+    """A run of two ranks that has done its first `steps`."""
 
-    def __init__(self, digits: Path, folder: Path, *settings: str, **environment: str) -> None:
-        self.run, self.log = folder / "run", folder / "log"
+    def __init__(self, digits: Path, directory: Path, *settings: str, steps: int = 3, **environment: str) -> None:
+        self.run, self.log = directory / "run", directory / "log"
         self.arguments = (*SLOW, f"data.shards={digits}", f"run.dir={self.run}", *settings)
         self.launcher = start(2, "train", *self.arguments, log=self.log, **environment)
-        assert until(lambda: logged_steps(self.run) >= 3, self.launcher), self.log.read_text()[-4000:]
+        started = until(lambda: logged_steps(self.run) >= steps, self.launcher)
+        assert started, self.log.read_text()[-4000:]
         self.family = psutil.Process(self.launcher.pid).children(recursive=True)
 
     def assert_saved(self, reason: str, within_steps: int) -> None:
-        """It ended by itself, saved, and soon after step `self.asked`; the same command goes on."""
+        """It ended by itself, saved, and soon after step `self.asked`; the same command continues."""
         ended(self.launcher, self.log, 60)
         deadline = time.monotonic() + 30
         while not all(map(gone, self.family)) and time.monotonic() < deadline:
@@ -108,7 +109,7 @@ def test_a_person_s_stop_file_is_obeyed_once(digits: Path, tmp_path: Path) -> No
 
 def test_a_deadline_is_met_with_time_to_save(digits: Path, tmp_path: Path) -> None:
     # 30 s is what a stop is asked for ahead of a deadline.
-    running = Running(digits, tmp_path, DDPM_DEADLINE=str(time.time() + 30 + 25))
+    running = Running(digits, tmp_path, steps=0, DDPM_DEADLINE=str(time.time() + 30 + 25))
     running.asked = 0
     running.assert_saved("the deadline", 400)
 

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import torch
 
-from pipeline import cli, noise
-from pipeline.data.batches import Batch
-from pipeline.noise import Use
-from pipeline.trainer import Gradient, Position, Trainer
+from pipeline import cli, keyed_random
+from pipeline.data.loading.batches import Batch
+from pipeline.keyed_random import Use
+from pipeline.training.trainer import Gradient, Trainer
 
 _gradient = Trainer.gradient
 
 
-def _traced(self: Trainer, batch: Batch, position: Position) -> Gradient:
-    """One line a sample: step, position in the order, picture, and the timestep that was used, in order of position."""
-    result = _gradient(self, batch, position)
-    epsilon = noise.normals(self.config.train.seed, batch.positions, Use.NOISE, (4,))
-    folder = Path(os.environ["TRACE"])
-    with (folder / f"{os.environ['START']}-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
+def _traced(self: Trainer, batch: Batch) -> Gradient:
+    """One line a sample: step, position in the order, image, and the timestep that was used, in order of position."""
+    result = _gradient(self, batch)
+    epsilon = keyed_random.normals(self.config.train.seed, batch.positions, Use.NOISE, (4,))
+    directory = Path(os.environ["TRACE"])
+    with (directory / f"{os.environ['START']}-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
         for i, q in enumerate(batch.positions.tolist()):
-            picture = hashlib.sha256(batch.images[i].numpy().tobytes()).hexdigest()[:16]
-            file.write(json.dumps([position.step, q, picture, int(result.t[i]), epsilon[i].tolist()]) + "\n")
+            image = hashlib.sha256(batch.images[i].numpy().tobytes()).hexdigest()[:16]
+            file.write(json.dumps([self.state.step, q, image, int(result.t[i]), epsilon[i].tolist()]) + "\n")
     return result
 
 

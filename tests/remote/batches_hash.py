@@ -5,14 +5,14 @@ import json
 import sys
 from itertools import islice
 
-from pipeline import storage
-from pipeline.data.batches import Batches
-from pipeline.data.order import Order
-from pipeline.data.shardset import ShardSet
+from pipeline.data.loading.batches import Batches
+from pipeline.data.loading.order import Order
+from pipeline.data.shards.shard_set import ShardSet
+from pipeline.storage import files
 
 if __name__ == "__main__":
     shards = ShardSet.open(sys.argv[1])
-    before = storage.retries()
+    before = files.retries()
     order = Order(seed=3, shard_samples=shards.shard_samples, global_batch=120, lanes=12, window=16)
     digests = {name: hashlib.sha256() for name in ("positions", "labels", "images")}
     workers = int(sys.argv[2])

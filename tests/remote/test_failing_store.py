@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import storage
-from pipeline.data.batches import read_all
-from pipeline.data.images import encode
-from pipeline.data.shardset import ShardSet
+from pipeline.data.images.preprocess import encode
+from pipeline.data.loading.batches import read_all
+from pipeline.data.shards.shard_set import ShardSet
+from pipeline.storage import files as storage
+from tests import warm
 from tests.conftest import ROOT
-from tests.launch import ENVIRONMENT, TINY, ddpm, kill
+from tests.launch import ENVIRONMENT, TINY, command, ddpm, kill
 from tests.remote.faults import Faults
 
 SAMPLE = ("--seeds", "0-23", "--shard-samples", 4, "--quiet")
-LINE = "from pipeline.cli import main; main()"
 
 
 def files(url: str) -> dict[str, bytes]:
@@ -48,10 +47,10 @@ def test_a_shard_set_written_there_is_the_one_on_a_disk(faulty: Faults, digits: 
     assert files(out) == files(str(digits))
 
 
-def test_pictures_are_found_and_read_there(faulty: Faults, tmp_path: Path) -> None:
+def test_images_are_found_and_read_there(faulty: Faults, tmp_path: Path) -> None:
     for i in range(12):
-        picture = encode(np.full((8, 8, 1), 20 * i, dtype=np.uint8), "png")
-        storage.write_bytes(f"s3://pool/photos/{'ab'[i % 2]}/{i}.png", picture)
+        image = encode(np.full((8, 8, 1), 20 * i, dtype=np.uint8), "png")
+        storage.write_bytes(f"s3://pool/photos/{'ab'[i % 2]}/{i}.png", image)
     out = tmp_path / "set"
     done = ddpm("shard", "s3://pool/photos", "--out", out, "--size", 8, "--channels", 1, "--workers", 2)
     assert done.returncode == 0, done.stderr
@@ -66,9 +65,7 @@ def test_the_loader_gives_the_same_batches_and_counts_its_retries(
 ) -> None:
     def batches(shards: object) -> tuple[dict[str, str], int]:
         command = [sys.executable, "-m", "tests.remote.batches_hash", str(shards), str(workers)]
-        done = subprocess.run(
-            command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-        )
+        done = warm.run(command, env=ENVIRONMENT, cwd=ROOT, timeout_s=300)
         assert done.returncode == 0, done.stderr
         hashes, retries = json.loads(done.stdout)
         return hashes, retries
@@ -92,9 +89,8 @@ def test_samples_written_there_and_resumed_after_a_kill_are_those_on_a_disk(
     faulty: Faults, tiny_run: Path, tmp_path: Path
 ) -> None:
     out = "s3://pool/made/samples"
-    command = [sys.executable, "-c", LINE, "sample", str(tiny_run), *map(str, SAMPLE), "--out", out]
     with (tmp_path / "log").open("wb") as log:
-        job = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
+        job = warm.Popen(command("sample", tiny_run, *SAMPLE, "--out", out), env=ENVIRONMENT, stdout=log, stderr=log)
     while not any(name.endswith(".json") for name in storage.listdir(out)):
         assert job.poll() is None, (tmp_path / "log").read_text()
     kill(job)

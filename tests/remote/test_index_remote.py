@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,26 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import storage
-from pipeline.data.batches import read_all
-from pipeline.data.integrity import verify
-from pipeline.data.shardset import ShardSet
+from pipeline.data.loading.batches import read_all
+from pipeline.data.shards.shard_set import ShardSet
+from pipeline.data.shards.verify import verify
 from pipeline.errors import DataError
-from pipeline.index import index
+from pipeline.storage import files as storage
+from tests import warm
 from tests.conftest import ROOT
+from tests.data.shards.test_shard_set import write_set
+from tests.jobs import index
 from tests.launch import ENVIRONMENT, TINY, ddpm
 from tests.remote.faults import Faults
 from tests.remote.website import Website
 from tests.test_index import files, theirs
-from tests.test_shardset import write_set
 
 
 @pytest.fixture(scope="module")
 def wds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tars larger than a first request, so that a server has to give parts of them."""
-    folder = tmp_path_factory.mktemp("web") / "wds"
-    theirs(folder, tars=3, samples=50, mode="L")
-    return folder
+    directory = tmp_path_factory.mktemp("web") / "wds"
+    theirs(directory, tars=3, samples=50, mode="L")
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,18 @@ def site(wds: Path) -> Iterator[Website]:
 def hashes(shards: object) -> dict[str, str]:
     """Of positions, labels and images that the loader gives, in a process of its own with two workers."""
     script = [sys.executable, "-m", "tests.remote.batches_hash", str(shards), "2"]
-    done = subprocess.run(script, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = warm.run(script, env=ENVIRONMENT, cwd=ROOT, timeout_s=300)
     assert done.returncode == 0, done.stderr
     result: dict[str, str] = json.loads(done.stdout)[0]
     return result
 
 
-def same_papers(one: Path, other: Path) -> bool:
+def same_metadata(one: Path, other: Path) -> bool:
     """The sidecars, which say where every sample is, and all of the index but where the tars are."""
     first, second = (json.loads((place / "index.json").read_text()) for place in (one, other))
     for value in (first, second):
         value["shards"] = [{**entry, "name": ""} for entry in value["shards"]]
+        value["places"] = len(value["places"])
     sidecars = [{name: data for name, data in files(place).items() if name.endswith("npy")} for place in (one, other)]
     return first == second and sidecars[0] == sidecars[1]
 
@@ -71,7 +72,7 @@ def test_tars_on_a_web_server_are_trained_on_in_the_order_of_a_local_copy(
     made = ddpm("index", f"{site.url}/wds/{name}", "--out", out, "--channels", 1, "--quiet")
     assert made.returncode == 0, made.stderr
     assert [record.name for record in ShardSet.open(str(out)).shards][2] == f"{site.url}/wds/train-000002.tar"
-    assert same_papers(out, local)
+    assert same_metadata(out, local)
     assert hashes(out) == hashes(local)
     assert ddpm("verify", out).returncode == 0
 
@@ -127,8 +128,8 @@ def test_a_web_server_without_parts_of_files_and_a_wrong_address_are_one_line(wd
         assert "nowhere.tar: no such tar" in missing.stderr
 
 
-def upload(folder: Path, url: str) -> None:
-    for path in folder.iterdir():
+def upload(directory: Path, url: str) -> None:
+    for path in directory.iterdir():
         storage.write_bytes(f"{url}/{path.name}", path.read_bytes())
 
 
@@ -138,7 +139,7 @@ def test_tars_on_an_object_store_that_fails_are_trained_on_in_the_order_of_a_loc
     upload(wds, "s3://pool/wds")
     made = ddpm("index", "s3://pool/wds/train-*.tar", "--out", tmp_path / "set", "--channels", 1, "--quiet")
     assert made.returncode == 0, made.stderr
-    assert same_papers(tmp_path / "set", local)
+    assert same_metadata(tmp_path / "set", local)
     assert hashes(tmp_path / "set") == hashes(local)
 
 

@@ -12,8 +12,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from pipeline import storage
 from pipeline.errors import DataError
+from pipeline.storage import files
 from tests.conftest import ROOT
 from tests.launch import ENVIRONMENT, ddpm
 from tests.remote.faults import Faults
@@ -26,52 +26,52 @@ def place(store: Faults, request: pytest.FixtureRequest) -> str:
 
 def test_names_and_removal_keep_to_themselves(place: str) -> None:
     for name in ("f", "f2", "tree/a", "tree/sub/b", "tree2/a", "x*", "x1"):
-        storage.write_bytes(storage.join(place, name), b"1")
-    assert storage.listdir(place) == ["f", "f2", "tree", "tree2", "x*", "x1"]
-    assert storage.listdir(storage.join(place, "tree")) == ["a", "sub"]
-    assert storage.is_dir(storage.join(place, "tree")) and not storage.is_dir(storage.join(place, "f"))
+        files.write_bytes(files.join(place, name), b"1")
+    assert files.listdir(place) == ["f", "f2", "tree", "tree2", "x*", "x1"]
+    assert files.listdir(files.join(place, "tree")) == ["a", "sub"]
+    assert files.is_dir(files.join(place, "tree")) and not files.is_dir(files.join(place, "f"))
     for name in ("f", "tree", "x*", "none"):
-        storage.remove(storage.join(place, name))
-    assert storage.listdir(place) == ["f2", "tree2", "x1"]
-    assert storage.free_bytes(place) is None
+        files.remove(files.join(place, name))
+    assert files.listdir(place) == ["f2", "tree2", "x1"]
+    assert files.free_bytes(place) is None
     with pytest.raises(FileNotFoundError):
-        storage.open_read(storage.join(place, "f"))
+        files.open_read(files.join(place, "f"))
 
 
 def test_listings_are_fresh(place: str) -> None:
     """fsspec remembers listings, and others write too."""
-    storage.write_bytes(storage.join(place, "a"), b"1")
-    assert storage.listdir(place) == ["a"]
+    files.write_bytes(files.join(place, "a"), b"1")
+    assert files.listdir(place) == ["a"]
     other = fsspec.filesystem("s3", skip_instance_cache=True)
     other.pipe_file(f"{place}/b", b"22")
-    assert storage.listdir(place) == ["a", "b"] and storage.exists(f"{place}/b") and storage.size(f"{place}/b") == 2
+    assert files.listdir(place) == ["a", "b"] and files.exists(f"{place}/b") and files.size(f"{place}/b") == 2
     other.rm_file(f"{place}/a")
-    assert storage.listdir(place) == ["b"] and not storage.exists(f"{place}/a")
+    assert files.listdir(place) == ["b"] and not files.exists(f"{place}/a")
 
 
 def test_every_byte_is_read_in_its_place_whatever_fails(place: str, faulty: Faults) -> None:
     data = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
-    url, before = storage.join(place, "x"), storage.retries()
-    with storage.publishing(url) as file:
+    url, before = files.join(place, "x"), files.retries()
+    with files.publishing(url) as file:
         file.write(data)
-    assert storage.read_bytes(url) == data
+    assert files.read_bytes(url) == data
     cuts = [0, 1, 100, 99_999, 100_000, 1_500_000, len(data)]
-    with storage.open_read(url) as file:
+    with files.open_read(url) as file:
         assert [file.read(b - a) for a, b in pairwise(cuts)] == [data[a:b] for a, b in pairwise(cuts)]
         assert file.read(1) == b""
         for offset in (2_999_990, 5, 1_234_567, 1_234_000, 0):
             file.seek(offset)
             assert file.read(2_000) == data[offset : offset + 2_000]
         assert file.seek(-10, 2) == len(data) - 10 and file.read() == data[-10:]
-    assert storage.retries() > before
+    assert files.retries() > before
 
 
 def test_small_samples_do_not_cost_a_request_each(place: str, store: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     draw = store.draw
     monkeypatch.setattr(store, "draw", lambda request: (asked.append(request), draw(request))[1])
-    storage.write_bytes(storage.join(place, "x"), bytes(1_000_000))
-    with storage.open_read(storage.join(place, "x"), 100_000) as file:
+    files.write_bytes(files.join(place, "x"), bytes(1_000_000))
+    with files.open_read(files.join(place, "x"), 100_000) as file:
         for _ in range(900):
             assert len(file.read(1_000)) == 1_000
     assert len(asked) < 10, asked
@@ -82,38 +82,38 @@ def test_small_samples_do_not_cost_a_request_each(place: str, store: Faults, mon
 def test_exactly_one_of_many_creates_a_file(place: str, faulty: Faults) -> None:
     faulty.rate = 0.4  # few requests, of which the uploads are to fail too
     for round in range(5):
-        url = storage.join(place, str(round))
+        url = files.join(place, str(round))
         together = threading.Barrier(6)
 
         def attempt(data: bytes, url: str = url, together: threading.Barrier = together) -> bool:
             together.wait()
-            return storage.create(url, data)
+            return files.create(url, data)
 
         values = [uuid4().bytes for _ in range(6)]
         with ThreadPoolExecutor(6) as threads:
             made = list(threads.map(attempt, values))
         assert made.count(True) == 1
-        assert storage.read_bytes(url) == values[made.index(True)]
+        assert files.read_bytes(url) == values[made.index(True)]
 
 
 def test_a_creation_whose_answer_was_lost_counts(place: str, store: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
     """The repeated request finds the file there, and it is its own."""
     fates = ["answer lost"]
     monkeypatch.setattr(store, "draw", lambda request: fates.pop() if fates and request.startswith("PUT") else "")
-    assert storage.create(storage.join(place, "x"), b"mine")
+    assert files.create(files.join(place, "x"), b"mine")
     assert not fates
-    assert not storage.create(storage.join(place, "x"), b"yours")
-    assert storage.read_bytes(storage.join(place, "x")) == b"mine"
+    assert not files.create(files.join(place, "x"), b"yours")
+    assert files.read_bytes(files.join(place, "x")) == b"mine"
 
 
 def test_a_store_that_never_answers_is_given_up(place: str, store: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage.write_bytes(storage.join(place, "x"), b"1")
+    files.write_bytes(files.join(place, "x"), b"1")
     monkeypatch.setenv("DDPM_IO_TIMEOUT", "1")
     monkeypatch.setattr(store, "draw", lambda request: time.sleep(20) or "")
     with pytest.raises(
         DataError, match=rf"^cannot read {place}/x: FSTimeoutError: tried for 1 s; run the same command"
     ):
-        storage.read_bytes(storage.join(place, "x"))
+        files.read_bytes(files.join(place, "x"))
 
 
 # --- mistakes of the user ---
@@ -132,16 +132,16 @@ def test_a_missing_bucket_is_one_line(store: Faults) -> None:
     reason = f"cannot read s3://nobucket/x: The specified bucket does not exist: {advice}"
     assert reason in _refused("verify", "s3://nobucket/x")
     assert reason in _refused("shard", ROOT / "shards" / "digits.zip", "--size", 8, "--out", "s3://nobucket/x")
-    for look in (storage.exists, storage.is_dir, storage.listdir, storage.open_read, storage.remove):
+    for look in (files.exists, files.is_dir, files.listdir, files.open_read, files.remove):
         with pytest.raises(DataError, match=rf"^cannot (read|remove) s3://nobucket/x: .*{advice}$"):
             look("s3://nobucket/x")
-    for write in (storage.write_bytes, storage.create, _publish):
+    for write in (files.write_bytes, files.create, _publish):
         with pytest.raises(DataError, match=rf"^cannot write s3://nobucket/x: .*{advice}$"):
             write("s3://nobucket/x", b"1")
 
 
 def _publish(url: str, data: bytes) -> None:
-    with storage.publishing(url) as file:
+    with files.publishing(url) as file:
         file.write(data)
 
 

@@ -1,4 +1,4 @@
-"""A web server for a folder, with parts of files or, as Python's own, without."""
+"""A web server for a directory, with parts of files or, as Python's own, without."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ from pathlib import Path
 
 
 class Website(ThreadingHTTPServer):
-    """Serves a folder at `url`; a context manager that ends it."""
+    """Serves a directory at `url`; a context manager that ends it."""
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, *, gives_parts: bool = True) -> None:
+    def __init__(self, directory: Path, *, gives_parts: bool = True) -> None:
         handler = _InParts if gives_parts else _Whole
-        super().__init__(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+        super().__init__(("127.0.0.1", 0), functools.partial(handler, directory=str(directory)))
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.held, self._held_ending, self._closing = 0, "", threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def hold(self, ending: str) -> None:
+        """Answer no further request for names that end so; `held` counts those requests."""
+        self._held_ending = ending
+
+    def wait_if_held(self, path: str) -> None:
+        if self._held_ending and path.endswith(self._held_ending):
+            self.held += 1
+            self._closing.wait()
+
     def __exit__(self, *_: object) -> None:
+        self._closing.set()
         self.shutdown()
         self.server_close()
 
@@ -32,8 +43,10 @@ class _Whole(SimpleHTTPRequestHandler):
 
 class _InParts(_Whole):
     protocol_version = "HTTP/1.1"
+    server: Website
 
     def do_GET(self) -> None:
+        self.server.wait_if_held(self.path)
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         path = Path(self.translate_path(self.path))
         if not asked or not path.is_file():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import configfile
+from pipeline import config_file
 from pipeline.config import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -20,7 +20,7 @@ every = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 
 
 def _load(path: Path) -> Config:
-    return configfile.load(str(path), (), lambda name: Path(name).read_text())
+    return config_file.load(str(path), (), lambda name: Path(name).read_text())
 
 
 def _schema() -> dict[str, Any]:
@@ -60,7 +60,7 @@ def test_it_loads_and_its_lengths_resolve(path: Path) -> None:
     config = _load(path)
     resolved = config.in_steps(50_000)
     assert resolved.in_steps(1) == resolved
-    assert configfile.parse(configfile.dump(resolved)) == resolved
+    assert config_file.parse_stored(config_file.dump(resolved)) == resolved
 
 
 @every
@@ -86,7 +86,7 @@ def test_its_head_tells_an_editor_the_schema_and_a_reader_the_command(path: Path
 
 
 @every
-def test_it_is_a_whole_run_and_says_only_what_it_changes(path: Path) -> None:
+def test_a_configuration_is_complete_and_lists_only_changed_keys(path: Path) -> None:
     config, default, written = _load(path), Config(), yaml.safe_load(path.read_text())
     assert config.run.dir and config.data.shards, "give data.shards and run.dir, so that the command needs nothing else"
     keys = [(section, key) for section, values in written.items() if section != "base" for key in values]

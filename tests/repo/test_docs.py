@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from pipeline.cli import app
 from pipeline.config import Config
-from pipeline.data.images import REASONS
+from pipeline.data.images.preprocess import REASONS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "shards" / "README.md"]

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_shellcheck_finds_nothing(path: Path) -> None:
 
 
 @batch
-def test_its_head_says_in_ten_lines_what_to_set(path: Path) -> None:
+def test_its_head_lists_in_ten_lines_what_to_set(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     head = [line for line in lines[1:20] if re.match(r"#(?!SBATCH)", line)]
@@ -92,6 +93,14 @@ def test_options_of_the_launcher_exist() -> None:
 def test_modules_that_it_starts_exist(path: Path) -> None:
     for module in re.findall(r"-m (pipeline[\w.]*)", _code(path)):
         assert find_spec(module), module
+
+
+@every
+def test_its_python_code_imports_existing_names(path: Path) -> None:
+    for module, names in re.findall(r"^from (pipeline[\w.]*) import (.+)$", path.read_text(), re.M):
+        imported = import_module(module)
+        for name in names.split(", "):
+            assert hasattr(imported, name) or find_spec(f"{module}.{name}"), f"{module}.{name}"
 
 
 @every

@@ -24,10 +24,10 @@ _T = TypeVar("_T")
 class Cluster:
     """Two nodes of two cores, n1 and n2, and the partitions `main` and `urgent`, which takes nodes away from it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.environment = ENVIRONMENT | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": programs}
+        self.environment = ENVIRONMENT | {"SLURM_CONF": str(directory / "slurm.conf"), "PATH": programs}
 
     def __enter__(self) -> Cluster:
         self._script("up")
@@ -66,8 +66,8 @@ class Cluster:
             time.sleep(0.5)
 
     def _script(self, action: str, *arguments: str) -> None:
-        done = subprocess.run([_SCRIPT, action, self.folder, *arguments], capture_output=True, text=True, timeout=120,
-                              check=False)  # fmt: skip
+        command = [_SCRIPT, action, self.directory, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, f"{action}: {done.stdout}{done.stderr}"
 
 

@@ -25,9 +25,9 @@ def cluster() -> Iterator[Cluster]:
     missing = [name for name in ("slurmctld", "slurmd", "munged", "ip", "nsenter") if not shutil.which(name)]
     if missing:
         pytest.skip(f"not here: {', '.join(missing)} (apt-get install slurm-wlm munge iproute2)")
-    with Path("/run/lock/ddpm-slurm").open("w") as lock, tempfile.TemporaryDirectory(prefix="ddpm-slurm-") as folder:
+    with Path("/run/lock/ddpm-slurm").open("w") as lock, tempfile.TemporaryDirectory(prefix="ddpm-slurm-") as directory:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two at a time, as of tests side by side, would have the same names
-        with Cluster(Path(folder)) as cluster:
+        with Cluster(Path(directory)) as cluster:
             yield cluster
 
 

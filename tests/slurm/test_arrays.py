@@ -10,13 +10,13 @@ import pytest
 from tests.launch import ddpm
 from tests.slurm.cluster import ROOT, Cluster, Job, thaw
 
-pytestmark = pytest.mark.timeout(1800)  # the other file of this folder may have the cluster
+pytestmark = pytest.mark.timeout(1800)  # the other file of this directory may have the cluster
 SHARDS = 6
 SLOW = ("--shard-samples", "16", "--sampler", "ddpm", "--steps", "100")
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "index.json"}
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != "index.json"}
 
 
 def test_a_sampling_task_that_was_killed_is_submitted_alone_and_the_set_is_whole(

@@ -12,7 +12,7 @@ from tests.launch import TINY, committed_step, logged_steps
 from tests.slurm.cluster import Cluster, Job, thaw
 from tests.slurm.conftest import SETTINGS
 
-pytestmark = pytest.mark.timeout(1800)  # the other file of this folder may have the cluster
+pytestmark = pytest.mark.timeout(1800)  # the other file of this directory may have the cluster
 PARTS = ("model", "ema", "optimizer")
 STEPS = 120
 

@@ -1,0 +1,1 @@
+"""The run directory and its checkpoints: names, format, saving in the background."""

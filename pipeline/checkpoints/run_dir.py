@@ -1,0 +1,84 @@
+"""The names of all files in a run directory, in one place. No other module joins them by hand.
+
+RUN/config.yaml  DONE  FAILED.json  log.jsonl
+    checkpoints/step_00012000/  previews/step_00012000.png  tensorboard/
+    control/  lease-000007.json  ranks/00003.json  stop  stopped.json  requeues.jsonl
+"""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.storage import files
+
+_CHECKPOINT = re.compile(r"step_(\d{8,})")
+_LEASE = re.compile(r"lease-(\d{6,})\.json")
+
+
+class RunDir:
+    """Paths in the directory of one run.
+
+    Args:
+        path: the run directory, a local path or a URL; it need not exist.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.config = files.join(path, "config.yaml")
+        """The resolved configuration."""
+        self.done = files.join(path, "DONE")
+        """Exists when the run has finished all of its steps."""
+        self.failed = files.join(path, "FAILED.json")
+        """The error that ended the last start."""
+        self.log = files.join(path, "log.jsonl")
+        """The curves as JSON, one line a step."""
+        self.tensorboard = files.join(path, "tensorboard")
+        self.checkpoints = files.join(path, "checkpoints")
+        self.control = files.join(path, "control")
+        self.stop = files.join(self.control, "stop")
+        """A user creates this file to stop the run."""
+        self.stopped = files.join(self.control, "stopped.json")
+        """Why the last start was stopped on request, and at which step."""
+        self.ranks = files.join(self.control, "ranks")
+        """The heartbeats of all ranks."""
+        self.requeues = files.join(self.control, "requeues.jsonl")
+        """The step that each start of a batch job has reached."""
+
+    def checkpoint(self, step: int) -> str:
+        """The checkpoint directory of a step."""
+        return files.join(self.checkpoints, checkpoint_name(step))
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a checkpoint directory, in ascending order; the checkpoints may be incomplete or damaged."""
+        return _numbers(self.checkpoints, _CHECKPOINT)
+
+    def preview(self, step: int) -> str:
+        """The preview image of a step."""
+        return files.join(self.path, "previews", f"{checkpoint_name(step)}.png")
+
+    def heartbeat(self, rank: int) -> str:
+        """The heartbeat file of a rank."""
+        return files.join(self.ranks, f"{rank:05d}.json")
+
+    def lease(self, generation: int) -> str:
+        """The lease file of a generation: the first job that trains the run has generation 1."""
+        return files.join(self.control, f"lease-{generation:06d}.json")
+
+    def lease_generations(self) -> list[int]:
+        """Generations that have a lease file, in ascending order."""
+        return _numbers(self.control, _LEASE)
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a step's checkpoint directory."""
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint_path: str) -> int | None:
+    """The step in the name of a checkpoint directory; None for another name."""
+    match = _CHECKPOINT.fullmatch(checkpoint_path.rstrip("/").rpartition("/")[2])
+    return int(match[1]) if match else None
+
+
+def _numbers(directory: str, pattern: re.Pattern[str]) -> list[int]:
+    return sorted({int(match[1]) for name in files.listdir(directory) if (match := pattern.fullmatch(name))})

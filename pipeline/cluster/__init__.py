@@ -1,0 +1,1 @@
+"""Jobs of many processes: ranks, signals, the lease of a run, heartbeats, failures, requeueing."""

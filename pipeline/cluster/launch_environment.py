@@ -1,0 +1,125 @@
+"""The rank of this process in its job, from the environment variables of a launcher.
+
+A shell may keep such variables after the end of their job, and a command that believes them would train on or sample
+only a part. So an empty variable counts as unset, and the variables of a job of several processes must be complete.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from pipeline.errors import ConfigError
+
+_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
+_RANKS = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
+_OTHER_TRAINERS = tuple(
+    f"ACCELERATE_USE_{kind}" for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "SAGEMAKER", "PARALLELISM_CONFIG")
+)
+_KEEP = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
+_YES = {"1", "true", "yes", "y", "on", "t"}
+
+
+@dataclass(frozen=True)
+class ProcessRank:
+    """The place of this process among the processes of its job."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+
+def process_rank(needed: Collection[str] = ()) -> ProcessRank:
+    """Read the rank of this process.
+
+    Args:
+        needed: further variables that several processes need.
+
+    Raises:
+        ConfigError: the variables contradict each other, so that it is unknown whether other processes run.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size == 0:
+        raise ConfigError("WORLD_SIZE is 0: start with `accelerate launch`, or unset WORLD_SIZE for a single process")
+    if size > 1:
+        missing = [name for name in ("RANK", "LOCAL_RANK", *needed) if not os.environ.get(name)]
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE is {size}, but {', '.join(missing)} are not set: start with `accelerate launch`, "
+                "or unset WORLD_SIZE for a single process"
+            )
+    process = ProcessRank(_number("RANK", 0), size, _number("LOCAL_RANK", 0))
+    for name, value in (("RANK", process.rank), ("LOCAL_RANK", process.local_rank)):
+        if value >= size:
+            raise ConfigError(
+                f"{name} is {value}, but WORLD_SIZE is {os.environ.get('WORLD_SIZE') or 'not set'}: start with "
+                f"`accelerate launch`, or unset {name} for a single process"
+            )
+    return process
+
+
+def prepare_training() -> ProcessRank:
+    """Read the rank of this process for a training job; remove leftover variables that accelerate would believe.
+
+    Raises:
+        ConfigError: as `process_rank`; or MPI has started several processes, or accelerate is configured for another
+            way to train.
+    """
+    process = process_rank(_RENDEZVOUS)
+    if process.size == 1:
+        for name in _MPI_SIZES:
+            if (os.environ.get(name) or "").isdecimal() and int(os.environ[name]) > 1:
+                raise ConfigError(
+                    f"{name} is {os.environ[name]}, but WORLD_SIZE is not: MPI starts no ranks here: start with "
+                    f"`accelerate launch`, or unset {name} for a single process"
+                )
+        _unset(*_RANKS, *_RENDEZVOUS, "WORLD_SIZE")
+    else:
+        _number("MASTER_PORT", 0)
+    for name in _OTHER_TRAINERS:
+        if is_on(name):
+            raise ConfigError(
+                f"{name} is set: accelerate is configured for another way to train, and this trainer is plain "
+                f"data-parallel: launch with --multi_gpu or with a file of launch/accelerate, or unset {name}"
+            )
+    return process
+
+
+def is_on(name: str) -> bool:
+    """Whether an environment variable switches something on."""
+    return os.environ.get(name, "").lower() in _YES
+
+
+def dynamo_backend() -> str:
+    """The compiler of accelerate's configuration; empty if it has none."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "")
+    return "" if backend.lower() in ("no", "none") else ascii(backend)[1:-1]
+
+
+def clear_settings() -> None:
+    """Remove the variables by which accelerate would do anything else than its arguments say."""
+    settings = [name for name in os.environ if name.startswith(("ACCELERATE_", *_MPI))]
+    _unset(*(name for name in settings if name not in _KEEP or not is_on(name)))
+
+
+def count(name: str, default: int) -> int:
+    """A number from a scheduler or launcher; the default if the variable is unset or no number."""
+    text = os.environ.get(name, "").strip()
+    return int(text) if text.isascii() and text.isdecimal() else default
+
+
+def _unset(*names: str) -> None:
+    for name in names:
+        os.environ.pop(name, None)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"{name} is {text!r}, which is not a process number: unset it for a single process")
+    return int(text)

@@ -1,0 +1,316 @@
+"""The sample set: shards of seeds, each complete or not.
+
+Shard i holds those of the requested seeds that lie in [iS, (i+1)S). Its record `shard_000012.json` is written last and
+commits it: it has the seeds and the settings with which they were drawn. In tars, a complete sample set is a shard set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import untrusted
+from pipeline.data.images import preprocess
+from pipeline.data.shards import shard_set
+from pipeline.errors import ConfigError, DataError
+from pipeline.storage import files
+from pipeline.untrusted import name_inside, printable
+
+CleanImage = NDArray[np.uint8]
+Format = Literal["tar", "png", "npz"]
+_SEED = re.compile("[0-9]{1,19}")
+RECORD = re.compile(r"shard_(\d{6,})\.json")
+"""The names of records."""
+_MAX_SEEDS = 100_000_000
+_UNCOMMITTED = re.compile(r"shard_\d{6,}\.(tar|npy|npz)")
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Where samples are written, and how they are drawn."""
+
+    url: str
+    format: Format
+    shard_samples: int
+    """Seeds in a shard."""
+    provenance: dict[str, Any]
+    """All settings that decide the image of a seed; equal for all samples of a set."""
+    environment: dict[str, Any]
+    """Software and device; recorded, not compared."""
+
+    def check(self) -> None:
+        """Refuse a directory that holds something else, or samples drawn with other settings.
+
+        Raises:
+            ConfigError: naming the file or the settings.
+        """
+        records = [record for i in _numbers(self.url) if (record := _read(self.url, i))]
+        if not records:
+            shard_set.refuse_foreign(self.url, _UNCOMMITTED)
+        for record in records:
+            self._compare(record)
+
+    def numbers(self, seeds: tuple[range, ...]) -> list[int]:
+        """The numbers of the shards that hold these seeds, ascending."""
+        size = self.shard_samples
+        return sorted({i for part in seeds for i in range(part.start // size, (part.stop - 1) // size + 1)})
+
+    def seeds_in(self, i: int, seeds: tuple[range, ...]) -> list[int]:
+        """The seeds that shard i holds, of sorted ranges that do not overlap."""
+        return _within(seeds, i * self.shard_samples, (i + 1) * self.shard_samples)
+
+    def committed(self, i: int) -> set[int]:
+        """The committed seeds of shard i.
+
+        Raises:
+            ConfigError: they were drawn with other settings.
+        """
+        record, first = self._record(i), i * self.shard_samples
+        return set(_within(_ranges(record), first, first + self.shard_samples)) if record else set()
+
+    def write(self, i: int, images: Iterable[tuple[int, CleanImage]], labels: dict[int, int]) -> None:
+        """Write shard i, its record last.
+
+        Args:
+            i: number of the shard.
+            images: (seed, uint8 (H, W, C)), ascending.
+            labels: seed → class, for seeds that have one.
+
+        Raises:
+            ConfigError: meanwhile another job has begun a set with other settings in the same directory.
+            DataError: no space left. No file is half-written, and the earlier shard is unchanged.
+        """
+        seeds: list[int] = []
+        written: dict[str, dict[str, Any]] = {}
+
+        def encoded() -> Iterator[shard_set.Sample]:
+            for seed, image in images:
+                seeds.append(seed)
+                label = labels.get(seed)
+                meta = {"seed": seed, "label": label}
+                yield shard_set.Sample(shard_set.key(seed), preprocess.encode(image, "png"), "png", label, meta)
+
+        def record() -> dict[str, Any]:
+            if other := next((record for n in _numbers(self.url) if (record := _read(self.url, n))), None):
+                self._compare(other)
+            return {
+                "seeds": seeds_text(seeds),
+                "count": len(seeds),
+                "provenance": self.provenance,
+                "environment": self.environment,
+            }
+
+        def publish(name: str, data: bytes) -> None:
+            files.write_bytes(files.join(self.url, name), data)
+            written[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+        record_path = files.join(self.url, f"{stem(i)}.json")
+        if self.format == "tar":
+            shard_set.write_shard(self.url, stem(i), map(shard_set.pack, encoded()), record)
+            return
+        if self.format == "png":
+            if not files.exists(record_path):  # without a record nothing shows that the PNGs belong to this set
+                files.write_json(record_path, record() | {"files": {}})
+            for sample in encoded():
+                publish(f"{sample.key}.png", sample.image)
+        else:
+            drawn = list(images)
+            seeds += [seed for seed, _ in drawn]
+            buffer = io.BytesIO()
+            named: dict[str, Any] = {"labels": np.array([labels[seed] for seed in seeds])} if labels else {}
+            np.savez(buffer, seeds=np.array(seeds), images=np.stack([image for _, image in drawn]), **named)
+            record()  # raises ConfigError before any file is replaced
+            publish(f"{stem(i)}.npz", buffer.getvalue())
+        files.write_json(record_path, record() | {"files": written})
+
+    def read(self, seeds: Iterable[int], channels: int) -> dict[int, CleanImage]:
+        """The committed ones of these images: seed → uint8 (H, W, C).
+
+        Raises:
+            DataError: a file is damaged.
+        """
+        images: dict[int, CleanImage] = {}
+        for i, requested in groupby(sorted(seeds), key=lambda seed: seed // self.shard_samples):
+            committed = sorted(self.committed(i))
+            wanted = {seed: committed.index(seed) for seed in requested if seed in committed}
+            base = files.join(self.url, stem(i))
+            try:
+                if wanted and self.format == "npz":
+                    with np.load(io.BytesIO(files.read_bytes(f"{base}.npz")), allow_pickle=False) as arrays:
+                        images |= {seed: arrays["images"][row] for seed, row in wanted.items()}
+                elif wanted and self.format == "png":
+                    for seed in wanted:
+                        data = files.read_bytes(files.join(self.url, f"{shard_set.key(seed)}.png"))
+                        images[seed] = preprocess.decode(data, channels)
+                elif wanted:
+                    rows = untrusted.array_rows(files.read_bytes(f"{base}.npy"), shard_set.SIDECAR, f"{base}.npy")
+                    for seed, row in wanted.items():
+                        with files.open_read(
+                            f"{base}.tar", int(rows[row]["offset"] + rows[row]["image_offset"])
+                        ) as tar:
+                            images[seed] = preprocess.decode(tar.read(int(rows[row]["image_length"])), channels)
+            except (preprocess.Rejected, ValueError, KeyError, IndexError) as error:
+                raise DataError(f"{base}: damaged ({error!r}): `ddpm verify {self.url}` tells more") from error
+        return images
+
+    def finish(
+        self, seeds: tuple[range, ...], *, size: tuple[int, int], channels: int, classes: Sequence[str] | None
+    ) -> bool:
+        """Write the index if all these seeds are committed; returns whether they are.
+
+        Of several jobs on one set each may write it: they write the same bytes.
+        """
+        if not all(self.committed(i).issuperset(self.seeds_in(i, seeds)) for i in self.numbers(seeds)):
+            return False
+        if self.format == "tar":
+            records = [record for i in _numbers(self.url) if (record := shard_set.read_record(self.url, stem(i)))]
+            shard_set.write_index(
+                self.url, records, size=size, channels=channels, classes=classes,
+                source=f"checkpoint {self.provenance['checkpoint_sha256']}", settings=self.provenance,
+                counts={"taken": sum(record.samples for record in records)},
+            )  # fmt: skip
+        return True
+
+    def _record(self, i: int) -> dict[str, Any] | None:
+        record = _read(self.url, i)
+        if record is None:
+            return None
+        self._compare(record)
+        if self.format == "tar":
+            return record if shard_set.read_record(self.url, stem(i)) else None
+        try:
+            is_complete = all(
+                files.size(files.join(self.url, name_inside(name, stem(i)))) == file["bytes"]
+                for name, file in record["files"].items()
+            )
+        except (FileNotFoundError, NotADirectoryError, DataError, KeyError, TypeError):
+            return None
+        return record if is_complete else None
+
+    def _compare(self, record: dict[str, Any]) -> None:
+        then, now = record["provenance"], self.provenance
+        if differing := [key for key in now | then if then.get(key) != now.get(key)]:
+            diff = "; ".join(f"{key}: {then.get(key)} there, {now.get(key)} now" for key in differing)
+            raise ConfigError(f"{self.url} holds samples drawn differently ({diff}): choose another --out")
+
+
+def provenance(url: str) -> dict[str, Any]:
+    """The `provenance` of an existing sample set, complete or not; empty if there is none."""
+    records = (record for i in _numbers(url) if (record := _read(url, i)))
+    return next((record["provenance"] for record in records), {})
+
+
+def verify(url: str, each: Callable[[Sequence[int]], Iterable[int]] = iter) -> list[str]:
+    """Check every file of a set of PNGs or npz files against the records; `shards.verify` checks sets in tars.
+
+    Args:
+        url: the set.
+        each: yields the numbers of the shards; it may show progress, or raise to stop.
+
+    Returns:
+        One line for each finding; none if the set is intact.
+    """
+    findings, known, provenances = [], set(), set()
+    for i in each(_numbers(url)):
+        record = _read(url, i)
+        if record is None or "files" not in record:
+            findings.append(f"{stem(i)}.json: not the record of a shard of PNGs or npz")
+            continue
+        known |= record["files"].keys()
+        provenances.add(json.dumps(record["provenance"], sort_keys=True))
+        if record["count"] != sum(map(len, _ranges(record))):
+            findings.append(f"{stem(i)}.json: its count is not that of its seeds")
+        findings += [problem for name, file in record["files"].items() if (problem := _problem(url, i, name, file))]
+    if len(provenances) > 1:
+        findings.append("its shards were drawn in different ways")
+    unknown = [name for name in files.listdir(url) if name.endswith((".png", ".npz")) and name not in known]
+    findings += [f"{name}: in no record (of a shard that is not finished, or from elsewhere)" for name in unknown]
+    return list(map(printable, findings))
+
+
+def _problem(url: str, i: int, name: str, file: Any) -> str:
+    """The finding in a file of shard i; empty if the file is intact."""
+    try:
+        if files.sha256(files.join(url, name_inside(name, f"{stem(i)}.json"))) != file["sha256"]:
+            return f"{name}: does not have the sha256 of {stem(i)}.json"
+    except DataError as error:
+        return str(error)
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError):
+        return f"{name}: missing, or {stem(i)}.json does not say what it holds"
+    return ""
+
+
+def _numbers(url: str) -> list[int]:
+    """The numbers of the shards that have a record, ascending."""
+    return sorted(int(match[1]) for name in files.listdir(url) if (match := RECORD.fullmatch(name)))
+
+
+def _read(url: str, i: int) -> dict[str, Any] | None:
+    """The record of shard i; None if there is none, or not one of a sample set."""
+    try:
+        record = files.read_json(files.join(url, f"{stem(i)}.json"))
+        _ranges(record)
+        kinds = {"provenance": dict, "count": int} | ({"files": dict} if "files" in record else {})
+        return record if all(isinstance(record[key], kind) for key, kind in kinds.items()) else None
+    except (FileNotFoundError, NotADirectoryError, DataError, ConfigError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def _ranges(record: dict[str, Any]) -> tuple[range, ...]:
+    """The seeds of a record, as ranges: a short text can stand for millions of seeds."""
+    return parse_seeds(record["seeds"]) if record["seeds"] != "" else ()
+
+
+def _within(seeds: tuple[range, ...], first: int, last: int) -> list[int]:
+    """The seeds in [first, last)."""
+    return [seed for part in seeds for seed in range(max(part.start, first), min(part.stop, last))]
+
+
+def stem(i: int) -> str:
+    """The name of shard i without its ending."""
+    return f"shard_{i:06d}"
+
+
+def parse_seeds(text: str) -> tuple[range, ...]:
+    """Parse `A-B` (inclusive), `A`, or a comma list of both into sorted ranges that do not overlap.
+
+    Raises:
+        ConfigError: the text is something else, or too many seeds.
+    """
+    ranges = []
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not _SEED.fullmatch(first) or (dash and not (_SEED.fullmatch(last) and int(last) >= int(first))):
+            raise ConfigError(f"--seeds {text}: write A-B (inclusive), A, or a comma list such as 0-99,500")
+        ranges.append(range(int(first), int(last or first) + 1))
+    merged: list[range] = []
+    for part in sorted(ranges, key=lambda part: part.start):
+        if merged and part.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, part.stop))
+        else:
+            merged.append(part)
+    if merged[-1].stop > 1 << 62:
+        raise ConfigError(f"--seeds {text}: seeds go up to 2^62")
+    if sum(map(len, merged)) > _MAX_SEEDS:
+        raise ConfigError(f"--seeds {text}: more than {_MAX_SEEDS:,} at once: ask for fewer")
+    return tuple(merged)
+
+
+def seeds_text(seeds: list[int]) -> str:
+    """The inverse of `parse_seeds`, for ascending seeds."""
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)

@@ -1,0 +1,85 @@
+"""The result of `ddpm shard` and `ddpm index`, as a table for people and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_CLASSES_IN_TABLE = 20
+_LISTED = 10
+_BAR = 40
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The counts of a shard set, and what this job did for it."""
+
+    out: str
+    inputs: int
+    taken: int
+    rejected: dict[str, int]
+    """Inputs not taken, by reason."""
+    transforms: dict[str, int]
+    """Images taken that were rotated, enlarged, composited, …"""
+    sizes: dict[str, int]
+    """Images taken, by the largest power of two below or at their short side, in pixels, as stored."""
+    classes: dict[str, int] | None
+    """Images taken, by class."""
+    shards: int
+    """In the whole set."""
+    shards_there: int
+    """Shards that exist; fewer while other parts are being made. The counts above are of these shards."""
+    shards_made: int
+    """Shards that this job made."""
+    seconds: float
+    images_per_s: float
+    """Inputs that this job read, by second."""
+    how: str = "made"
+    """made, indexed or joined."""
+    labels_from: str = ""
+    """Where the classes come from, or why there are none."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """A table; its last line lists the classes."""
+        rows = [("inputs", self.inputs, ""), ("taken", self.taken, "")]
+        rows += [(f"rejected, {reason}", count, "") for reason, count in self.rejected.items()]
+        rows += [(name, count, "") for name, count in self.transforms.items()]
+        rows += _bars({f"short side {least} to {2 * int(least) - 1} px": n for least, n in self.sizes.items()})
+        classes = _bars({f"class {ascii(name)[1:-1]}": count for name, count in (self.classes or {}).items()})
+        rows += classes[:_CLASSES_IN_TABLE]
+        if more := classes[_CLASSES_IN_TABLE:]:
+            rows.append((f"{len(more)} more classes", sum(count for _, count, _ in more), ""))
+        width = max(len(name) for name, _, _ in rows)
+        lines = (f"  {name:{width}}  {count:>9}  {bar}".rstrip() for name, count, bar in rows)
+        return "\n".join([self._head(), *lines, self._class_line()])
+
+    def _class_line(self) -> str:
+        """The line that lists the classes, or says why there are none."""
+        if not self.classes:
+            return "no classes" + f": {self.labels_from}" * bool(self.labels_from)
+        listed = [
+            f"{ascii(name)[1:-1]} {count}" for name, count in self.classes.items() if count or len(self.classes) < 3
+        ]
+        more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+        line = f"{len(self.classes)} class{'es' * (len(self.classes) > 1)}: {', '.join(listed[:_LISTED])}{more}"
+        if without := self.taken - sum(self.classes.values()):
+            line += f"; without a class: {without}"
+        return line + f"; from {self.labels_from}" * bool(self.labels_from)
+
+    def _head(self) -> str:
+        if not self.shards_made and self.shards_there == self.shards:
+            return f"{self.out}: all {self.shards} shards are there, nothing to do"
+        speed = f"{self.seconds:.1f} s, {self.images_per_s:.0f} images/s"
+        head = f"{self.out}: {self.shards_made} of {self.shards} shards {self.how} in {speed}"
+        if self.shards_there < self.shards:
+            head += f"; {self.shards_there} are there, the job that makes the last one finishes the set"
+        return head
+
+
+def _bars(counts: dict[str, int]) -> list[tuple[str, int, str]]:
+    most = max(counts.values(), default=1) or 1
+    return [(name, count, "#" * -(-_BAR * count // most)) for name, count in counts.items()]

@@ -1,0 +1,320 @@
+"""Verification of a shard set: every byte against the index, in one reading of each tar.
+
+A hash shows that a shard is damaged, but not which of its samples, so each sample is checked too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.shards.index_tars import decoder
+from pipeline.data.shards.join import totals
+from pipeline.data.shards.sample_check import SampleChecker
+from pipeline.data.shards.shard_set import (
+    INDEX,
+    REJECTED,
+    SIDECAR,
+    ShardRecord,
+    ShardSet,
+    rejected_lines,
+    settings_sha256,
+)
+from pipeline.errors import DataError
+from pipeline.processes.pool import exit_cause
+from pipeline.storage import files
+from pipeline.untrusted import printable
+
+_BLOCK, _PIECE = tarfile.BLOCKSIZE, 1 << 20
+_SHARD_FILE = re.compile(r".*\d{6,}\.(tar|npy|json)")
+_UNREADABLE = (DataError, OSError, ValueError, KeyError, TypeError, AttributeError)
+"""Raised by reading a file with unexpected content."""
+
+_RECORDS = {
+    "preprocessing": ("settings", "source", "classes", "counts", "rejected"),
+    "foreign": ("settings", "counts", "rejected", "picture_sizes"),
+    "checkpoint_sha256": ("provenance",),
+}
+"""Extra fields that a record must have, by a setting that shows which job made the set."""
+
+Check = Callable[[ShardSet], Iterable[list[str]]]
+
+
+def in_turn(shards: ShardSet) -> Iterator[list[str]]:
+    """Check the shards in this process, one after the other; yields the findings in each."""
+    return check(shards, range(len(shards.shards)), lambda: None)
+
+
+def verify(url: str, check_shards: Check = in_turn) -> list[str]:
+    """Check every byte of a shard set against its index.
+
+    Args:
+        url: the set.
+        check_shards: yields the findings in each of its shards, in their order.
+
+    Returns:
+        One line for each finding, with shard and key; none if the set is intact.
+
+    Raises:
+        DataError: a store cannot be reached, or does not give parts of files.
+    """
+    try:
+        shards = ShardSet.indexed(url)
+        decoder(shards)
+    except (DataError, OSError) as error:
+        return [str(error)]
+    shards.report_tar_locations()
+    findings = [*_verify_names(shards), *_verify_index(shards)]
+    for of_shard in check_shards(shards):
+        findings += of_shard
+    return [printable(line) for line in (*findings, *_verify_sums(shards))]
+
+
+def _verify_names(shards: ShardSet) -> Iterator[str]:
+    """Shards that the index lists twice, and shard files that it does not list."""
+    known = {record.stem for record in shards.shards}
+    if len(known) < len(shards.shards) or len({record.name for record in shards.shards}) < len(shards.shards):
+        yield f"{INDEX}: a shard is listed twice"
+    known |= {record.name.removesuffix(".tar") for record in shards.shards}
+    for name in files.listdir(shards.url):
+        if _SHARD_FILE.fullmatch(name) and name.rsplit(".", 1)[0] not in known:
+            yield f"{name}: not in the index (renamed, or left by another job)"
+
+
+def _verify_index(shards: ShardSet) -> Iterator[str]:
+    """Values that the index has in two places."""
+    settings, source = shards.settings, shards.source
+    if shards.settings_sha256 != settings_sha256(settings):
+        yield f"{INDEX}: `settings_sha256` is not that of `settings`"
+    for name, value in {"size": list(shards.size), "channels": shards.channels}.items():
+        if settings.get(name) not in (None, value):
+            yield f"{INDEX}: `{name}` is {value}, `settings` has {settings[name]}"
+    if "checkpoint_sha256" in settings and source != f"checkpoint {settings['checkpoint_sha256']}":
+        yield f"{INDEX}: `source` is not the checkpoint of `settings`"
+    if settings.get("foreign"):
+        expected = {"tars": len(shards.shards), "bytes": sum(record.bytes for record in shards.shards)}
+        if source != expected:
+            yield f"{INDEX}: `source` is {source}, the tars are {expected}"
+
+
+def _verify_sums(shards: ShardSet) -> Iterator[str]:
+    """The list of rejected inputs, the totals and the source against the shards' records."""
+    taken = shards.counts.get("taken")
+    if taken != shards.samples and (shards.counts or "checkpoint_sha256" in shards.settings):
+        yield f"{INDEX}: `counts` has {taken} taken, the shards have {shards.samples} samples"
+    records = [record for i in range(len(shards.shards)) if (record := _record(shards, i)[0])]
+    if not any("counts" in record.extra for record in records):
+        return
+    try:
+        yield from _verify_rejected(shards, records)
+        if len(records) == len(shards.shards):
+            yield from _verify_totals(shards, records)
+    except _UNREADABLE as error:
+        yield f"{INDEX}: cannot be compared with the sums of the records ({error!r})"
+
+
+def _verify_rejected(shards: ShardSet, records: list[ShardRecord]) -> Iterator[str]:
+    path, lines = files.join(shards.url, REJECTED), rejected_lines(records)
+    if not files.exists(path) or files.read_bytes(path) != lines:
+        yield f"{REJECTED}: missing, or not what the shards' records say"
+    missing = shards.counts["inputs"] - shards.samples - lines.count(b"\n")
+    if missing:
+        yield f"{INDEX}: {missing} of {shards.counts['inputs']} inputs are neither a sample nor in {REJECTED}"
+
+
+def _verify_totals(shards: ShardSet, records: list[ShardRecord]) -> Iterator[str]:
+    counts, sums = shards.counts, totals(records, shards.classes)
+    wrong = [name for name in counts | sums if counts.get(name) != sums.get(name)]
+    if list(sums["classes"] or ()) != list(counts["classes"] or ()):
+        wrong.append("the order of classes")
+    if wrong:
+        yield f"{INDEX}: `counts` or `classes` are not what the records add up to: {', '.join(wrong)}"
+    sources = [record.extra["source"] for record in records if "source" in record.extra]
+    if sources and shards.source not in sources:
+        yield f"{INDEX}: `source` is that of no record"
+    if shards.settings.get("foreign") and shards.settings.get("size") is None:
+        sizes = {str(size) for record in records for size in record.extra["picture_sizes"]}
+        if sizes != {"x".join(map(str, shards.size))}:
+            yield f"{INDEX}: `size` is {list(shards.size)}, the records have {', '.join(sorted(sizes))}"
+
+
+def check(shards: ShardSet, numbers: Iterable[int], check_stop: Callable[[], None]) -> Iterator[list[str]]:
+    """Check these shards; yields the findings in each. `check_stop` is called before each sample and may raise."""
+    for i in numbers:
+        yield _verify_shard(shards, i, check_stop)
+
+
+def on_worker_death(i: int, exit_code: int) -> list[str]:
+    """The finding in a shard whose check has killed two processes."""
+    return [
+        f"shard {i}: two processes died at it ({exit_cause(exit_code)}): an image in it crashes its decoder, or "
+        "memory ran out"
+    ]
+
+
+def _record(shards: ShardSet, i: int) -> tuple[ShardRecord | None, str]:
+    """A shard's record and no finding, or None and the finding."""
+    name = f"{shards.shards[i].stem}.json"
+    try:
+        return ShardRecord.parse(files.read_json(shards.record_path(i)), name), ""
+    except FileNotFoundError:
+        return None, f"{name}: missing"
+    except _UNREADABLE as error:
+        return None, f"{name}: not the record of a shard ({error})"
+
+
+def _verify_record(shards: ShardSet, i: int, rows: NDArray[np.void] | None) -> Iterator[str]:
+    indexed = shards.shards[i]
+    record, problem = _record(shards, i)
+    if record is None:
+        yield problem
+        return
+    differing = _differing(record, indexed, shards)
+    if rows is not None and "counts" in record.extra and not _is_counted(record, rows):
+        differing.append("what its counts add up to")
+    if differing:
+        yield f"{indexed.stem}.json: differs from the index in {', '.join(differing)} (of another shard, or changed)"
+
+
+def _differing(record: ShardRecord, indexed: ShardRecord, shards: ShardSet) -> list[str]:
+    """Names of the values that differ between a record and the index, or that the record lacks."""
+    then, now = record.entry(), indexed.entry()
+    if not indexed.sidecar:  # the tar lies beside its record, whose `name` has no directory
+        now["name"] = now["name"].rpartition("/")[2]
+    differing = [key for key in then | now if then.get(key) != now.get(key)]
+    for kind, names in _RECORDS.items():
+        if kind in shards.settings:
+            differing += [name for name in names if name not in record.extra]
+    for name in ("settings", "provenance"):
+        if record.extra.get(name, shards.settings) != shards.settings:
+            differing.append(name)
+    if "source" in record.extra and _identity(record.extra["source"]) != _identity(shards.source):
+        differing.append("source")
+    classes = record.extra.get("classes")
+    if classes is not None and classes != list(shards.classes or ()):
+        differing.append("classes")
+    return differing
+
+
+def _is_counted(record: ShardRecord, rows: NDArray[np.void]) -> bool:
+    """Whether a record's counts are those of its samples and of its `rejected` list."""
+    labels, numbers = np.unique(rows["label"][rows["label"] >= 0], return_counts=True)
+    try:
+        counts, rejected = record.extra["counts"], record.extra["rejected"]
+        classes = dict(zip(map(str, labels.tolist()), numbers.tolist()))
+        return [counts["taken"], counts["inputs"], counts["classes"]] == [len(rows), len(rows) + len(rejected), classes]
+    except (KeyError, TypeError):
+        return False
+
+
+def _identity(source: Any) -> Any:
+    """`source` without its URLs: jobs that make parts of one set may name the source differently."""
+    return {**source, "urls": None} if isinstance(source, dict) else source
+
+
+class _HashedFile:
+    """A file that is read once, from its beginning, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.sha256 = hashlib.sha256()
+        self.at = 0
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.sha256.update(data)
+        self.at += len(data)
+        return data
+
+    def zeros(self) -> int:
+        """Read to the end; returns the number of bytes if all are zero, else -1."""
+        count = 0
+        while piece := self.read(_PIECE):
+            count = -1 if count < 0 or piece.strip(b"\0") else count + len(piece)
+        return count
+
+
+def _verify_shard(shards: ShardSet, i: int, check_stop: Callable[[], None]) -> list[str]:
+    record = shards.shards[i]
+    try:
+        rows = shards.sidecar(i)
+        findings = [*_verify_record(shards, i, rows)]
+    except (DataError, OSError, ValueError, EOFError) as error:
+        findings = [*_verify_record(shards, i, None), f"{record.stem}.npy: {error}"]
+        rows = np.zeros(0, SIDECAR)
+    try:
+        with files.open_read(shards.tar(i)) as file:
+            tar = _HashedFile(file)
+            problems = [*_verify_samples(shards, i, rows, tar, check_stop)]
+            tar.zeros()
+    except FileNotFoundError:
+        return [*findings, f"{record.name}: missing"]
+    except OSError as error:
+        return [*findings, f"{record.name}: cannot be read ({error.strerror or error})"]
+    digest = tar.sha256.hexdigest()
+    if digest == record.sha256:
+        return findings + problems
+    if twins := [other.name for other in shards.shards if other.sha256 == digest]:
+        return [*findings, f"{record.name}: holds the bytes of {twins[0]} (swapped or renamed)"]
+    if tar.at == record.bytes:
+        return [*findings, f"{record.name}: does not have the sha256 of the index", *problems]
+    complete = int(np.sum(rows["offset"] + rows["length"] <= tar.at))
+    sizes = f"{record.name}: {tar.at} bytes, the index says {record.bytes} (cut short or changed)"
+    return [*findings, f"{sizes}: the index says {record.samples} samples, {complete} are whole", *problems]
+
+
+def _verify_samples(
+    shards: ShardSet, i: int, rows: NDArray[np.void], tar: _HashedFile, check_stop: Callable[[], None]
+) -> Iterator[str]:
+    """Check each sample against its row of the sidecar, up to the end of the tar."""
+    record = shards.shards[i]
+    checker, keys = SampleChecker(shards), _KeyOrder(shards, record)
+    for n, row in enumerate(rows):
+        check_stop()
+        offset, length = int(row["offset"]), int(row["length"])
+        if offset < tar.at or (offset > tar.at and not shards.settings.get("foreign")):
+            yield f"{record.stem}.npy: row {n} starts at byte {offset}, the sample before it ends at {tar.at}"
+            return
+        while (gap := min(offset - tar.at, _PIECE)) and tar.read(gap):
+            pass
+        data = tar.read(length)
+        if len(data) < length:
+            if record.bytes < offset + length:
+                yield f"{record.stem}.npy: row {n} ends beyond the tar"
+            return
+        key, problem = checker.check(data, row)
+        if problem := problem or keys.check(key):
+            yield f"{record.name}: sample {key if key is not None else f'in row {n}'}: {problem}"
+    if len(rows) == record.samples and not shards.settings.get("foreign") and tar.zeros() < 2 * _BLOCK:
+        yield f"{record.name}: no end-of-archive mark after the last sample, or something follows it"
+
+
+class _KeyOrder:
+    """Checks that the keys of a shard ascend and lie in its range; keys of tars made elsewhere are free."""
+
+    def __init__(self, shards: ShardSet, record: ShardRecord) -> None:
+        self._last: int | None = None
+        self._previous, self._first = -1, 0
+        self._is_foreign = bool(shards.settings.get("foreign"))
+        shard_samples = shards.settings.get("shard_samples")
+        number = re.search(r"[-_](\d{6,18})\.tar$", record.name)
+        if isinstance(shard_samples, int) and number:
+            self._first = int(number[1]) * shard_samples
+            self._last = self._first + shard_samples
+
+    def check(self, key: str | None) -> str | None:
+        """What is wrong with the next key, or None."""
+        if key is None or self._is_foreign:
+            return None
+        previous, self._previous = self._previous, int(key)
+        if int(key) <= previous:
+            return "its key is not above the one before it"
+        if int(key) < self._first or (self._last is not None and int(key) >= self._last):
+            return f"its key is outside this shard's range, {self._first} to {self._last}"
+        return None

@@ -1,0 +1,1 @@
+"""Directories, archives, tables, arrays → name, bytes and label of each input."""

@@ -1,0 +1,1 @@
+"""Quality of samples: images → features → metrics."""

@@ -1,0 +1,1 @@
+"""Worker processes and threads: a pool, the fork server, prefetching, periodic calls."""

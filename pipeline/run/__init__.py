@@ -1,1 +1,0 @@
-"""What a long job needs: ranks, signals, checkpoints, curves, memory."""

@@ -1,0 +1,1 @@
+"""A trained network and the images that it makes from seeds."""

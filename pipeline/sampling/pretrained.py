@@ -1,0 +1,185 @@
+"""Read a trained network and its classes from a run, a checkpoint or a diffusers directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from pipeline import config_file, messages
+from pipeline.checkpoints.checkpoint import find_checkpoint, first_not_finite
+from pipeline.config import Config, DataSection, SamplingOptions, TrainSection, differences
+from pipeline.data.sources.labels import class_names
+from pipeline.errors import ConfigError, DataError
+from pipeline.model import diffusers_directory, interchange
+from pipeline.model.scheduler_config import diffusion_from_diffusers
+from pipeline.model.unet import UNet
+from pipeline.storage import files
+from pipeline.untrusted import printable
+
+_TABLE = "class_embedding.weight"
+
+
+class Pretrained(NamedTuple):
+    """A trained network with its configuration."""
+
+    config: Config
+    weights: dict[str, Tensor]
+    identity: str
+    """sha256 of everything that determines its samples."""
+    clip: bool = True
+    """Whether sampling clips estimates of the clean image."""
+    class_names: Sequence[str] | None = None
+    """By class number; None if the names are not known."""
+
+
+def read(source: str, *, ema: bool) -> Pretrained:
+    """Read a run (its newest checkpoint), a checkpoint or a diffusers directory.
+
+    Args:
+        source: the model.
+        ema: use the averaged weights.
+
+    Raises:
+        ConfigError: the source does not exist, or its network is not supported.
+        DataError: files are damaged, or weights are not finite.
+        NoCheckpoint: the run holds no valid checkpoint.
+    """
+    if directory := diffusers_directory.find(source):
+        return _read_diffusers(source, directory)
+    if files.exists(source) and not files.is_dir(source):
+        raise ConfigError(f"{source} is a file: give a run, a checkpoint or a diffusers directory")
+    checkpoint, rejected = find_checkpoint(source)
+    for line in rejected:
+        messages.warning(f"{source}: {line}")
+    state = checkpoint.state()
+    config = config_file.parse_stored(state["config"], f"{checkpoint.path}/state.json")
+    weights = checkpoint.tensors("ema" if ema else "model")
+    return Pretrained(config, weights, checkpoint.manifest_sha256,
+                  class_names=_class_names(source, state.get("classes"), config.model.num_classes))  # fmt: skip
+
+
+def _read_diffusers(source: str, directory: str) -> Pretrained:
+    """Read the files that diffusers saves."""
+    stored = diffusers_directory.read(source, directory)
+    try:
+        model, channels, size = interchange.section_from_diffusers(stored.unet)
+        diffusion, variance, clip = diffusion_from_diffusers(stored.scheduler, model.learned_variance)
+        config = Config(
+            data=DataSection(size=size, channels=cast(Any, channels)),
+            model=model,
+            diffusion=diffusion,
+            train=TrainSection(precision="fp32"),
+            sample=SamplingOptions(variance=variance),
+        )
+    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:  # pydantic's are ValueErrors
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{source}: not the configuration of a diffusers model ({reason}): save it again") from None
+    weights = interchange.null_row_added(interchange.from_diffusers(stored.weights), model)
+    if name := first_not_finite(weights):
+        raise DataError(f"{stored.weights_file} holds weights that are not finite ({name}): take an earlier checkpoint")
+    # Version 0.1 used the last class as the null label: its samples are not those of this model, so the hash differs.
+    classes = [model.num_classes] if model.num_classes and not model.label_dropout else []
+    settings = json.dumps([stored.unet, stored.scheduler, *classes], sort_keys=True)
+    identity = hashlib.sha256(b"".join(stored.data) + settings.encode()).hexdigest()
+    return Pretrained(config, weights, identity, clip, _class_names(source, stored.class_names, model.num_classes))
+
+
+def _class_names(source: str, stored: Any, count: int) -> tuple[str, ...] | None:
+    """The names of `count` classes, from what a checkpoint or a diffusers directory stores; None if there are none."""
+    if not count or not stored:
+        return None
+    names = [stored.get(str(number)) for number in range(count)] if isinstance(stored, dict) else stored
+    names = class_names.parse(names, count)
+    if names is None or len(stored) != count:
+        messages.warning(
+            f"{source}: its names of classes are not those of its {count} classes: they are called by number"
+        )
+        return None
+    return names
+
+
+def with_classes(model: Pretrained, names: Sequence[str], what: str) -> Pretrained:
+    """The model with its classes renumbered to match a list of names.
+
+    Args:
+        model: a class-conditional model.
+        names: a subset of the model's classes, or a superset; new classes start from the null label's embedding.
+        what: name of the model in messages.
+
+    Raises:
+        ConfigError: neither list contains the other.
+    """
+    own = model.class_names or class_names.numbers(model.config.model.num_classes)
+    rows = class_names.find(own, names)
+    both = class_names.compared(own, names)
+    if None in rows and class_names.match_by_number(names, own) and len(own) == len(names):
+        messages.warning(f"{what}: numbers cannot be compared with names, so its classes are taken in order ({both})")
+        rows = list(range(len(own)))
+    elif None in rows and class_names.mapping(names, own) is None:
+        raise ConfigError(f"{what} has other classes ({both}): take a model of these classes, or none")
+    if new := [name for name, row in zip(names, rows) if row is None]:
+        messages.warning(
+            f"{what} lacks the classes {class_names.listed(new, own)}: they begin as its null label ({both})"
+        )
+    if rows == list(range(len(own))):
+        return model
+    messages.info(f"{what}: classes are matched by name ({both})")
+    section = model.config.model.model_copy(update={"num_classes": len(names)})
+    table = model.weights[_TABLE]
+    picked = table[[len(table) - 1 if row is None else row for row in rows] + [len(table) - 1]]
+    return model._replace(
+        config=model.config.model_copy(update={"model": section}),
+        weights=model.weights | {_TABLE: picked},
+        class_names=tuple(names),
+    )
+
+
+def different_networks(there: Config, here: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that give equal weights a different meaning: key → (first value, second value)."""
+    harmless = ("model.dropout", "model.label_dropout", "model.attention_sizes", "model.norm_groups")
+    different = {key: values for key, values in differences(there, here).items()
+                 if (key.startswith("model.") and key not in harmless) or key == "data.channels"}  # fmt: skip
+    more = {
+        "model.norm_groups": (there.model.groups, here.model.groups),
+        # Sizes in pixels may differ if the images have another size.
+        "the levels with attention, by model.attention_sizes": (_attending_levels(there), _attending_levels(here)),
+    }
+    return different | {key: values for key, values in more.items() if values[0] != values[1]}
+
+
+def listed_differences(different: dict[str, tuple[Any, Any]]) -> str:
+    """The differing settings as text for a message."""
+    return "; ".join(f"{key}: {there} there, {here} here" for key, (there, here) in different.items())
+
+
+def _attending_levels(config: Config) -> list[int]:
+    side, sizes = min(config.data.height_width), config.model.attention_sizes
+    return [level for level in range(len(config.model.channel_mults)) if side >> level in sizes]
+
+
+def check_weights(model: Pretrained, source: str) -> None:
+    """Check that the weights fit the configured network, before memory is allocated for it.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    section, data = model.config.model, model.config.data
+    reasons = f"{section.blocks_per_level} blocks a level, and {len(model.weights)} tensors"
+    fits = section.blocks_per_level * len(section.channel_mults) < len(model.weights)
+    if fits:
+        try:
+            with torch.device("meta"):
+                network = UNet(section, channels=data.channels, size=data.height_width)
+            network.load_state_dict(model.weights, assign=True)
+        except RuntimeError as error:
+            reasons, fits = " ".join(str(error).split()).rpartition("UNet: ")[2][:300], False
+    if not fits:
+        raise ConfigError(
+            f"{source}: its weights are not those of the network that its configuration describes "
+            f"({printable(reasons)}): take both from the same place"
+        )

@@ -1,1 +1,0 @@
-"""How good samples are: pictures to features, features to figures."""

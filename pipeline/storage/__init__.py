@@ -1,0 +1,1 @@
+"""Local and remote files alike: open, list, retry, publish, remove."""

@@ -1,0 +1,214 @@
+"""Operations on remote stores, repeated after errors until a timeout; and remote files as streams.
+
+The timeout is a minute, or `DDPM_IO_TIMEOUT` seconds. The packages below have shorter retries, which are not counted.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+from fsspec.archive import AbstractArchiveFileSystem
+from fsspec.core import split_protocol
+
+from pipeline import messages
+from pipeline.errors import ConfigError, DataError
+from pipeline.untrusted import printable
+
+Result = TypeVar("Result")
+_TIMEOUT_S = 60.0
+_NOTE_EVERY_S = 60.0
+_LONGEST_PAUSE_S = 8.0
+_READ_AHEAD = 1 << 16, 1 << 23  # bytes of a request: the first after a seek, and the largest
+_BUFFER = 1 << 20
+_THREADS = 16
+_WEB = ("http", "https")
+_CHAIN = re.compile(r"::[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_NO_BUCKET = re.compile("bucket does not exist|NoSuchBucket", re.IGNORECASE)
+_PERMANENT = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError, ImportError)
+_PERMANENT_NAMES = re.compile("Credentials|Authentication|ParamValidation")  # their packages may not be installed
+
+
+class _Retries:
+    """Counts how often this process has repeated a remote operation, and prints a message once in a while."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._noted_at = -math.inf
+        self._lock = threading.Lock()
+
+    def add(self, url: str, reason: str, *, note: bool) -> None:
+        with self._lock:
+            self.count += 1
+            note = note and time.monotonic() >= self._noted_at + _NOTE_EVERY_S
+            if note:
+                self._noted_at = time.monotonic()
+        if note:
+            messages.info(f"retrying {url}: {reason}")
+
+
+RETRIES = _Retries()
+
+
+def attempt(url: str, operation: Callable[[fsspec.AbstractFileSystem, str], Result], verb: str = "read") -> Result:
+    """Run an operation on a remote store; repeat it after errors, with growing pauses.
+
+    Raises:
+        FileNotFoundError: the bucket exists, but not the file; not raised for writing.
+        FileExistsError: raised by `operation`.
+        DataError: the error is permanent, or has lasted until the timeout.
+    """
+    fs, path = _filesystem(url)
+    fs.invalidate_cache(path)  # of listings: other processes write too
+    started, timeout_s, failures = 0.0, _timeout_s(), 0
+    while True:
+        try:
+            return operation(fs, path)
+        except (FileExistsError, TypeError, NotImplementedError):
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, FileNotFoundError) and verb != "write" and not _NO_BUCKET.search(reason):
+                raise
+            if failures == 0:
+                started = time.monotonic()  # the time of the first try does not count, so there is always a second
+            pause = min(0.1 * 2**failures, _LONGEST_PAUSE_S) * random.SystemRandom().uniform(0.5, 1.5)
+            advice = _advice(error)
+            if not advice and time.monotonic() + pause > started + timeout_s:
+                advice = f"tried for {timeout_s:g} s; run the same command again when the store is well"
+            if advice:
+                raise DataError(f"cannot {verb} {url}: {reason}: {advice}") from error
+            RETRIES.add(url, reason, note=failures == 0)
+            time.sleep(pause)
+            failures += 1
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a permanent error; empty for errors that may go away."""
+    if isinstance(error, FileNotFoundError):
+        return "correct the address, or make the bucket"
+    if isinstance(error, PermissionError):
+        return "give other credentials, or these the right to it"
+    if "Credentials" in type(error).__name__:
+        return "give some, in the environment or a file, as the store's package says (s3: AWS_ACCESS_KEY_ID, …)"
+    if isinstance(error, _PERMANENT) or _PERMANENT_NAMES.search(type(error).__name__):
+        return "correct the address"
+    return ""
+
+
+def _timeout_s() -> float:
+    text = os.environ.get("DDPM_IO_TIMEOUT") or str(_TIMEOUT_S)
+    with suppress(ValueError):
+        if math.isfinite(seconds := float(text)):
+            return seconds
+    raise ConfigError(f"DDPM_IO_TIMEOUT is {text!r}: give seconds, such as 60")
+
+
+def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """File system and path of a URL; unlike fsspec's `url_to_fs` it refuses chains of file systems (`a::b`)."""
+    nested = f"{printable(url)}: file systems inside others (::) are not read: name the file itself, also of an archive"
+    if _CHAIN.search(url):
+        raise ConfigError(nested)
+    protocol = split_protocol(url)[0]
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+        if issubclass(kind, AbstractArchiveFileSystem):
+            raise ConfigError(nested)
+        fs = fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(url))
+        path = kind._strip_protocol(url)
+        # A `#` is a part of the name. Unescaped it would begin a fragment, which is not sent to the server.
+        return fs, path.replace("#", "%23") if protocol in _WEB else path
+    except ImportError as error:
+        raise ConfigError(f"{url}: {error}, such as with pip install 'ddpm-pipeline[s3]' (or gcs, azure)") from error
+    except (ValueError, TypeError) as error:  # such as a file system that needs more than a URL
+        raise ConfigError(f"{url}: {error}: name a local path or a URL whose fsspec package is installed") from error
+
+
+def info(url: str) -> dict[str, Any]:
+    """Info of a file or directory: `type`, and `size` in bytes. Raises the same as `attempt`."""
+    return attempt(url, lambda fs, path: cast(dict[str, Any], fs.info(path, **_limit(fs))))
+
+
+def described(listed: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Complete a listing, URL → info: web servers list files without size and time. Missing files stay as listed."""
+
+    def complete(url: str) -> None:
+        with suppress(FileNotFoundError):
+            listed[url] = info(url)
+
+    incomplete = [url for url, entry in listed.items() if entry["type"] != "directory" and entry.get("size") is None]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(complete, incomplete))
+    return listed
+
+
+def _limit(fs: fsspec.AbstractFileSystem) -> dict[str, float]:
+    """A timeout for one try: without it aiohttp waits minutes for a store that accepts a request and never answers."""
+    return {"timeout": _timeout_s()} if fs.async_impl else {}
+
+
+def stream(url: str, size: int) -> BinaryIO:
+    """Open a remote file of this size; it is read by range requests."""
+    return cast(BinaryIO, io.BufferedReader(_RangedFile(url, size), _BUFFER))
+
+
+class _RangedFile(io.RawIOBase):
+    """Reads by range requests and knows its offset, so that it continues there after a connection breaks."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size, self._at = url, size, 0
+        self._ahead, self._most = _READ_AHEAD
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if at < 0:
+            raise OSError(errno.EINVAL, "an offset before the file", self._url)
+        if at != self._at:
+            self._at, self._ahead = at, _READ_AHEAD[0]
+        return at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._ahead, self._size - self._at)
+        if wanted <= 0:
+            return 0
+        data = attempt(self._url, partial(_part, start=self._at, end=self._at + wanted))
+        if len(data) < wanted:
+            RETRIES.add(self._url, f"{len(data)} bytes instead of {wanted}", note=True)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        self._ahead = min(2 * self._ahead, self._most)
+        return len(data)
+
+    def readall(self) -> bytes:
+        self._ahead = self._most
+        return b"".join(iter(partial(self.read, self._most), b""))
+
+
+def _part(fs: fsspec.AbstractFileSystem, path: str, *, start: int, end: int) -> bytes:
+    data: bytes = fs.cat_file(path, start=start, end=end, **_limit(fs))
+    if not data:
+        raise EOFError("no byte came")
+    if len(data) > end - start:
+        raise ValueError("the server gives whole files only, not parts")
+    return data

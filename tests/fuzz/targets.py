@@ -1,0 +1,168 @@
+"""One function for each parser: it accepts the bytes of a file, or raises DataError, ConfigError or Rejected."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import untrusted
+from pipeline.data.images.preprocess import Rejected, preprocess_image
+from pipeline.data.shards import sample_set
+from pipeline.data.shards.index_tars import scan
+from pipeline.data.shards.sample_check import SampleChecker
+from pipeline.data.shards.settings import IndexSettings
+from pipeline.data.shards.shard_set import SIDECAR, ShardRecord, ShardSet
+from pipeline.data.sources.cifar import Cifar
+from pipeline.data.sources.inputs import Inputs
+from pipeline.data.sources.labels.numbering import unlabeled
+from pipeline.data.sources.listing import Reader
+from pipeline.data.sources.numpy_file import Npy, Npz
+from pipeline.data.sources.parquet import Table
+from pipeline.data.sources.tar import Tar
+from pipeline.data.sources.zip import Zip
+from pipeline.errors import ConfigError, DataError
+
+ANSWERS = (DataError, ConfigError, Rejected)
+_MOST_READ = 8
+PLACE = Path(tempfile.mkdtemp(prefix="ddpm-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+
+
+def _source(kind: Callable[[str], Any], name: str) -> Callable[[bytes], None]:
+    def target(data: bytes) -> None:
+        file = PLACE / name
+        file.write_bytes(data)
+        source = kind(str(file))
+        entries = source.entries(True, lambda: None)
+        inputs = Inputs([""], [entries], unlabeled([entries]))
+        reader = Reader([source])
+        for item in inputs[:_MOST_READ]:
+            with suppress(Rejected):
+                reader.read(item)
+
+    return target
+
+
+def index(data: bytes) -> None:
+    (PLACE / "set").mkdir(exist_ok=True)
+    (PLACE / "set/index.json").write_bytes(data)
+    shards = ShardSet.indexed(str(PLACE / "set"))
+    for i in range(min(len(shards.shards), _MOST_READ)):
+        if untrusted.is_allowed(shards.shards[i].name, ()):
+            assert Path(shards.tar(i)).resolve().is_relative_to(PLACE.resolve()), shards.tar(i)
+
+
+def record(data: bytes) -> None:
+    ShardRecord.parse(untrusted.parse_json(data, "record"))
+
+
+def samples(data: bytes) -> None:
+    (PLACE / "samples").mkdir(exist_ok=True)
+    (PLACE / "samples/shard_000000.json").write_bytes(data)
+    assert sample_set.verify(str(PLACE / "samples")) is not None
+    sample_set.provenance(str(PLACE / "samples"))
+
+
+def sidecar(data: bytes) -> None:
+    untrusted.array_rows(data, SIDECAR, "sidecar")
+
+
+def sample(data: bytes) -> None:
+    """The bytes of a sample in a shard, with a matching row of the sidecar."""
+    shards = ShardSet("x", (), 0, (8, 8), 3, ("a", "b"), "", "", {}, "", {})
+    row = np.array([(0, len(data), zlib.crc32(data), 512, max(len(data) - 1024, 0), 0)], SIDECAR)[0]
+    SampleChecker(shards).check(data, row)
+
+
+def foreign(data: bytes) -> None:
+    (PLACE / "foreign.tar").write_bytes(data)
+    scan(str(PLACE / "foreign.tar"), IndexSettings(size=(8, 8)), lambda: None)
+
+
+def manifest(data: bytes) -> None:
+    from pipeline.checkpoints.checkpoint import verify_checkpoints  # noqa: PLC0415  torch takes its time
+
+    place = PLACE / "run/checkpoints/step_00000001"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "manifest.json").write_bytes(data)
+    (place / "state.json").write_bytes(b"{}")
+    verify_checkpoints(str(PLACE / "run"), iter)
+
+
+def statistics(data: bytes) -> None:
+    from pipeline.evaluation import reference  # noqa: PLC0415
+
+    (PLACE / "reference.safetensors").write_bytes(data)
+    reference.parse(str(PLACE / "reference.safetensors"))
+
+
+def image(data: bytes) -> None:
+    preprocess_image(data, size=(8, 8))
+
+
+def member(data: bytes) -> None:
+    """A zip member: its method, its stated size, its bytes."""
+    if len(data) > 3:
+        method = (0, 8, 12, 14)[data[0] % 4]
+        size = int.from_bytes(data[1:3])
+        try:
+            found = untrusted.inflated(data[3:], method, size)
+        except (ValueError, NotImplementedError):  # of which the caller makes Rejected
+            return
+        assert method == 0 or len(found) <= size + 1
+
+
+def places(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    name, *recorded = text.split("\n")
+    assert len(untrusted.locations_of([name, *recorded])) <= untrusted.MAX_LOCATIONS
+    if untrusted.is_allowed(name, ()):
+        assert ".." not in name.split("/") and not name.startswith("/") and "://" not in name
+    untrusted.is_allowed(name, recorded)
+    assert untrusted.printable(text).isprintable()
+
+
+def json_text(data: bytes) -> None:
+    json.dumps(untrusted.parse_json(data, "text"), allow_nan=False)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "tar": _source(Tar, "a.tar"),
+    "targz": _source(Tar, "a.tar.gz"),
+    "zip": _source(Zip, "a.zip"),
+    "npy": _source(Npy, "a.npy"),
+    "npz": _source(Npz, "a.npz"),
+    "cifar": _source(Cifar, "data_batch_1"),
+    "parquet": _source(Table, "a.parquet"),
+    "index": index,
+    "record": record,
+    "samples": samples,
+    "sidecar": sidecar,
+    "sample": sample,
+    "foreign": foreign,
+    "manifest": manifest,
+    "statistics": statistics,
+    "image": image,
+    "member": member,
+    "places": places,
+    "json": json_text,
+}
+
+
+def run(name: str, data: bytes) -> None:
+    """Give bytes to a parser.
+
+    Raises:
+        Exception: another error than those that a parser may raise.
+    """
+    try:
+        TARGETS[name](data)
+    except ANSWERS as answer:
+        assert str(answer).isprintable() or isinstance(answer, Rejected), repr(answer)
