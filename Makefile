@@ -10,6 +10,8 @@ BENCHMARKS := "shard_throughput.py --rounds 3" "loader_throughput.py --rounds 2"
 PARSERS := tar targz zip npy npz cifar parquet index record samples sidecar sample foreign manifest statistics image \
   member places json
 
+unexport PYTHONDONTWRITEBYTECODE  # images of Python set it, and every process would compile pipeline/ anew
+
 .PHONY: demo test quick soak fuzz lint schema quality bench clean
 
 demo: samples/demo.png

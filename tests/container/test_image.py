@@ -103,6 +103,9 @@ def test_a_run_is_made_in_it_by_somebody(buildah: Buildah, container: str, digit
 
 
 def test_networks_can_be_compiled_in_it(buildah: Buildah, container: str) -> None:
-    """torch.compile needs a compiler, headers, and a cache that this user may write to."""
-    code = "import torch; print(torch.compile(lambda x: (x.sin() + 1).sum())(torch.zeros(8)).item())"
-    assert buildah.run(container, "python", "-c", code, uid=SOMEBODY) == "8.0"
+    """torch.compile needs a compiler, the headers of Python, and a directory that this user may write to."""
+    code = "import sysconfig, tempfile; print(sysconfig.get_path('include'), tempfile.gettempdir())"
+    include, directory = buildah.run(container, "python", "-c", code, uid=SOMEBODY).split()
+    source = f"echo '#include <Python.h>\nint main() {{ return 0; }}' > {directory}/a.cpp"
+    build = f"g++ -I{include} -fopenmp -o {directory}/a {directory}/a.cpp && {directory}/a && echo built"
+    assert buildah.run(container, "sh", "-c", f"{source} && {build}", uid=SOMEBODY) == "built"

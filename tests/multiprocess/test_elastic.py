@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.launch import TINY, committed_step, ddpm, kill, launch, start, until
 
 STEPS = 16
-SETTINGS = ("train.micro_batch=3", "run.checkpoint_every=1", f"train.steps={STEPS}", "data.workers=1")
+SETTINGS = ("train.micro_batch=3", "run.checkpoint_every=1", f"train.steps={STEPS}", "data.workers=0")
 
 
 def trace(directory: Path) -> list[list[object]]:

@@ -116,7 +116,7 @@ def test_a_frozen_holder_finds_out_and_writes_no_more(digits: Path, tmp_path: Pa
     # As if it ran on another machine, where its process cannot be looked at.
     (lease,) = (run / "control").glob("lease-*.json")
     lease.write_text(lease.read_text().replace('"machine": "', '"machine": "another '))
-    heir = ddpm("train", *arguments, "train.steps=200", timeout_s=240)
+    heir = ddpm("train", *arguments, f"train.steps={logged_steps(run) + 20}", timeout_s=240)
     assert heir.returncode == 0, heir.stderr
     assert "it has not moved for 30 s" in heir.stderr
     after = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}

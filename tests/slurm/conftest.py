@@ -14,7 +14,7 @@ import pytest
 from tests.launch import TINY, launch
 from tests.slurm.cluster import Cluster
 
-SETTINGS = ("train.steps=120", "run.checkpoint_every=50", "data.workers=0")
+SETTINGS = ("train.steps=200", "run.checkpoint_every=50", "data.workers=0")
 """Long enough to be caught in the middle; the bytes do not depend on the loader's workers, and each start is faster."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,27 +18,25 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != "index.json"}
 
 
-def test_a_sampling_task_that_was_killed_is_submitted_alone_and_the_set_is_whole(
+def test_a_sampling_task_may_be_stopped_and_killed_and_the_set_is_whole(
     cluster: Cluster, tiny_run: Path, tmp_path: Path
 ) -> None:
     out, once = tmp_path / "samples", tmp_path / "once"
-    asked = (
-        tiny_run,
-        "--seeds",
-        f"0-{16 * SHARDS - 1}",
-        "--shard-samples",
-        "16",
-        "--sampler",
-        "ddpm",
-        "--steps",
-        "100",
-    )
+    asked = (tiny_run, "--seeds", f"0-{16 * SHARDS - 1}", *SLOW)
     script = ("launch/slurm/sample.sbatch", *asked, "--out", out)
     array = cluster.submit("--array=0-1", *script, log=tmp_path / "%a.log")
     tasks = [Job(cluster, f"{array.number}_{task}", tmp_path / f"{task}.log") for task in (0, 1)]
-    held, killed = (task.freeze("sample", count=1)[0] for task in tasks)
+    held, stopped = (task.freeze("sample", count=1)[0] for task in tasks)
+    tasks[1].cancel("--batch", "--signal=USR2")
+    tasks[1].until(lambda: Path(stopped.environ()["DDPM_STOP_FILE"]).exists())
+    thaw([stopped])
+    tasks[1].until(
+        lambda: tasks[1]["Restarts"] == "1" and tasks[1]["JobState"] == "RUNNING"
+    )  # it requeues itself alone
+    assert tasks[0]["Restarts"] == "0"
+    (killed,) = tasks[1].freeze("sample", count=1)
     killed.kill()
-    assert tasks[1].end() == "FAILED" and tasks[1]["Restarts"] == "0"
+    assert tasks[1].end() == "FAILED" and tasks[1]["Restarts"] == "1"
     assert not (out / "index.json").exists()
 
     alone = cluster.submit("--array=1", *script, log=tmp_path / "again.log")
@@ -55,25 +52,6 @@ def test_a_sampling_task_that_was_killed_is_submitted_alone_and_the_set_is_whole
     assert tasks[0].end() == "COMPLETED", tasks[0].text()
     assert ddpm("verify", out).returncode == 0
     assert {name: data for name, data in files(out).items() if name.endswith(".tar")} == tars
-
-
-def test_a_sampling_task_that_is_told_to_stop_requeues_itself_alone(
-    cluster: Cluster, tiny_run: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "samples"
-    array = cluster.submit("--array=0-1", "launch/slurm/sample.sbatch", tiny_run, "--seeds", "0-63", *SLOW,
-                           "--out", out, log=tmp_path / "%a.log")  # fmt: skip
-    tasks = [Job(cluster, f"{array.number}_{task}", tmp_path / f"{task}.log") for task in (0, 1)]
-    held = [task.freeze("sample", count=1)[0] for task in tasks]
-    tasks[1].cancel("--batch", "--signal=USR2")
-    tasks[1].until(lambda: Path(held[1].environ()["DDPM_STOP_FILE"]).exists())
-    thaw([held[1]])
-    tasks[1].until(lambda: tasks[1]["Restarts"] == "1")
-    thaw([held[0]])
-    assert [task.end() for task in tasks] == ["COMPLETED", "COMPLETED"], tasks[1].text()
-    assert [task["Restarts"] for task in tasks] == ["0", "1"]
-    assert json.loads((out / "index.json").read_text())["shards"][3]["samples"] == 16
-    assert ddpm("verify", out).returncode == 0
 
 
 def test_parts_of_a_shard_set_are_the_bytes_of_one_job(cluster: Cluster, digits: Path, tmp_path: Path) -> None:

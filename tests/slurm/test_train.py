@@ -14,7 +14,7 @@ from tests.slurm.conftest import SETTINGS
 
 pytestmark = pytest.mark.timeout(1800)  # the other file of this directory may have the cluster
 PARTS = ("model", "ema", "optimizer")
-STEPS = 120
+STEPS = 200
 
 
 def submit(cluster: Cluster, digits: Path, run: Path, *settings: str, options: tuple[str, ...] = ()) -> Job:
@@ -23,13 +23,12 @@ def submit(cluster: Cluster, digits: Path, run: Path, *settings: str, options: t
     return cluster.submit("--nodes=2", *arguments, log=run.with_suffix(".log"), RANKS_PER_NODE="1")
 
 
-def caught(cluster: Cluster, digits: Path, run: Path, *settings: str, options: tuple[str, ...] = ()) -> tuple[Job, Any]:
-    """A job, and its two ranks, held in the middle of a step before the first checkpoint."""
-    job = submit(cluster, digits, run, *SETTINGS, *settings, options=options)
-    job.until(lambda: logged_steps(run) >= 3)
+def caught(job: Job, run: Path, after: int) -> list[Any]:
+    """The two ranks of a job, held in the middle of a step some steps after `after`."""
+    job.until(lambda: logged_steps(run) >= after + 3)
     ranks = job.freeze("pipeline.train", count=2)
-    assert committed_step(run) == 0, "the run was too fast to be caught: give it more steps"
-    return job, ranks
+    assert not (run / "DONE").exists(), "the run was too fast to be caught: give it more steps"
+    return ranks
 
 
 def told(job: Job, *nodes: int) -> None:
@@ -39,11 +38,11 @@ def told(job: Job, *nodes: int) -> None:
     job.until(lambda: all(file.exists() for file in files))
 
 
-def assert_saved_when_told(job: Job, run: Path) -> None:
-    """It had saved, between two checkpoints, before it was started again."""
-    noted = [json.loads(line) for line in (run / "control/requeues.jsonl").read_text().splitlines()]
-    assert 0 < noted[0]["step"] < 50, job.text()
-    assert f"resuming at step {noted[0]['step']}" in job.text()
+def steps_saved_when_told(job: Job, run: Path) -> list[int]:
+    """The steps at which the starts of a job ended and saved; the next start resumed there."""
+    noted = [json.loads(line)["step"] for line in (run / "control/requeues.jsonl").read_text().splitlines()]
+    assert all(f"resuming at step {step} " in job.text() for step in noted), job.text()
+    return noted
 
 
 def assert_as_if_nothing_had_happened(job: Job, run: Path, unbroken: Path) -> None:
@@ -55,38 +54,25 @@ def assert_as_if_nothing_had_happened(job: Job, run: Path, unbroken: Path) -> No
         assert (run / file).read_bytes() == (unbroken / file).read_bytes(), f"{part} differs"
 
 
-def test_a_job_near_its_time_limit_saves_requeues_itself_and_goes_on(
+def test_a_job_that_is_told_to_stop_saves_and_goes_on_whatever_told_it(
     cluster: Cluster, digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:
+    """A signal before anything has started, the time limit, preemption; then scancel, and a new job."""
     run = tmp_path / "run"
-    job, ranks = caught(cluster, digits, run)
+    job = submit(cluster, digits, run, *SETTINGS, options=("--time=60",))
+    job.until(lambda: job.processes("-"))  # the batch script asks where the run is
+    job.cancel("--batch", "--signal=USR2")
+    job.until(lambda: job["Restarts"] == "1" and job["JobState"] == "RUNNING")
+
+    ranks = caught(job, run, committed_step(run))
     job.update("TimeLimit=5")  # minutes, and train.sbatch asks for the signal 300 s before the end
     told(job, 0)
     thaw(ranks)
     job.until(lambda: job["JobState"] == "PENDING")
-    job.update("TimeLimit=UNLIMITED")
-    assert_as_if_nothing_had_happened(job, run, unbroken)
-    assert job["Restarts"] == "1"
-    assert_saved_when_told(job, run)
+    job.update("TimeLimit=60")
+    job.until(lambda: job["Restarts"] == "2" and job["JobState"] == "RUNNING")
 
-
-def test_a_signal_that_comes_before_anything_has_started_is_not_lost(
-    cluster: Cluster, digits: Path, unbroken: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    job = submit(cluster, digits, run, *SETTINGS)
-    job.until(lambda: job.processes("-"))  # the batch script asks where the run is
-    job.cancel("--batch", "--signal=USR2")
-    assert_as_if_nothing_had_happened(job, run, unbroken)
-    assert job["Restarts"] == "1"
-    assert_saved_when_told(job, run)
-
-
-def test_a_preempted_job_saves_requeues_itself_and_goes_on(
-    cluster: Cluster, digits: Path, unbroken: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    job, ranks = caught(cluster, digits, run, "data.workers=1", options=("--time=60",))
+    ranks = caught(job, run, committed_step(run))
     end = cluster.run("date", "-d", job["EndTime"], "+%s").strip()
     assert {rank.environ()["DDPM_DEADLINE"] for rank in ranks} == {end}
     urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "true", log=tmp_path / "urgent")
@@ -94,22 +80,17 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on(
     assert job["JobState"] == "RUNNING"  # the partition's GraceTime
     thaw(ranks)
     assert urgent.end() == "COMPLETED"
-    assert_as_if_nothing_had_happened(job, run, unbroken)
-    assert job["Restarts"] == "1"
-    assert_saved_when_told(job, run)
+    job.until(lambda: job["Restarts"] == "3" and job["JobState"] == "RUNNING")
 
-
-def test_a_cancelled_job_saves_and_stays_ended_until_somebody_submits_it_again(
-    cluster: Cluster, digits: Path, unbroken: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    job, ranks = caught(cluster, digits, run)
+    ranks = caught(job, run, committed_step(run))
     job.cancel()
     told(job, 0, 1)
     thaw(ranks)
     job.until(lambda: "SLURM ends this job" in job.text())
-    assert 0 < committed_step(run) < 50, job.text()
-    assert job.end() == "CANCELLED" and job["Restarts"] == "0"
+    assert job.end() == "CANCELLED" and job["Restarts"] == "3"
+    saved = [*steps_saved_when_told(job, run), committed_step(run)]
+    assert len(saved) == 4 and saved == sorted(set(saved)) and saved[0] > 0, job.text()
+    assert any(step % 50 for step in saved)  # it saves when it is told, not only at its checkpoints
     assert_as_if_nothing_had_happened(submit(cluster, digits, run, *SETTINGS), run, unbroken)
 
 
@@ -132,7 +113,8 @@ def test_a_job_whose_node_dies_goes_on_from_its_last_checkpoint_when_the_node_is
 
 def test_a_person_stops_a_run_for_good(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job, ranks = caught(cluster, digits, run)
+    job = submit(cluster, digits, run, *SETTINGS)
+    ranks = caught(job, run, 0)
     (run / "control/stop").touch()
     thaw(ranks)
     assert job.end() == "FAILED" and job["Restarts"] == "0"
