@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": BOTTOM | {"checkpoints", "messages", "processes", "storage"},
     "monitoring": BOTTOM | {"checkpoints", "cluster", "messages", "storage"},
     "sampling": BOTTOM | DATA | {"checkpoints", "config", "config_file", "diffusion", "messages", "model", "storage"},
-    "evaluation": BOTTOM | DATA | {"storage"},
+    "evaluation": BOTTOM | DATA | {"diffusion", "storage"},
     "training": BOTTOM
     | DATA
     | {
