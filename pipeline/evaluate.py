@@ -203,22 +203,24 @@ def _shape(size: tuple[int, int], channels: int) -> str:
 
 def _compute_missing(results: Sequence[ShardResults], work: str, interrupt: Interrupt, quiet: bool) -> bool:
     """Compute the shards of this process that have no file yet; returns whether all shards have one then."""
-    process = process_rank()
-    missing = {(n, i): result.shards.shards[i].samples for n, result in enumerate(results) for i in result.missing()}
-    numbers = list(missing)
-    share = [numbers[k] for k in in_turn(list(range(len(numbers))), process)]
-    with Progress(sum(missing[place] for place in share), work, unit="images", quiet=quiet) as progress:
+    shards = [(result, i) for result in results for i in range(len(result.shards.shards))]
+    # Each process takes its share of all shards: another one may already have finished some of the missing ones.
+    share = [shards[k] for k in in_turn(list(range(len(shards))), process_rank())]
+    missing = {(id(result), i) for result in results for i in result.missing()}
+    share = [(result, i) for result, i in share if (id(result), i) in missing]
+    counts = [result.shards.shard_samples[i] for result, i in share]
+    with Progress(sum(counts), work, unit="images", quiet=quiet) as progress:
 
         def each(count: int) -> None:
             progress.advance(count)
             _check_stop(interrupt)
 
-        for n, i in share:
+        for (result, i), count in zip(share, counts, strict=True):
             _check_stop(interrupt)
-            if results[n].exists(i):  # another process was faster
-                progress.advance(missing[n, i])
+            if result.exists(i):  # another process was faster
+                progress.advance(count)
             else:
-                results[n].compute(i, each)
+                result.compute(i, each)
     return not any(result.missing() for result in results)
 
 
