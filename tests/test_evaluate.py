@@ -51,15 +51,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def evaluate(root: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def evaluate(
-        samples: Path = root / "samples", against: Path = root / "reference", **options: Any
-    ) -> dict[str, Any]:
-        paths = {name: str(value) for name, value in ({"cache": tmp_path / "cache"} | options).items()}
-        return job.evaluate(
-            job.EvaluationRequest(str(samples), str(against), str(root / "resnet.npz"), **paths), quiet=True
-        )
+    def evaluate(**options: Any) -> dict[str, Any]:
+        return run(root, **{"cache": tmp_path / "cache"} | options)
 
     return evaluate
+
+
+def run(root: Path, **options: Any) -> dict[str, Any]:
+    asked = {"samples": root / "samples", "against": root / "reference", "features": root / "resnet.npz"} | options
+    return job.evaluate(job.EvaluationRequest(**{name: str(value) for name, value in asked.items()}), quiet=True)
 
 
 def files(cache: Path) -> dict[str, bytes]:
@@ -204,11 +204,8 @@ def test_curves_of_a_run_get_the_figures_at_the_step_of_its_checkpoint(
     place = tmp_path / "run"
     shutil.copytree(tiny_run, place)
     assert ddpm("sample", place, "--seeds", "0-15", "--out", tmp_path / "set", "--quiet").returncode == 0
-    request = job.EvaluationRequest(
-        str(tmp_path / "set"), str(digits), str(root / "resnet.npz"), str(tmp_path / "cache")
-    )
-    result = job.evaluate(job.EvaluationRequest(**vars(request) | {"log": str(run)}), quiet=True)
-    events = EventAccumulator(str(run / "tensorboard/evaluation")).Reload()
+    result = run(root, samples=tmp_path / "set", against=digits, cache=tmp_path / "cache", log=place)
+    events = EventAccumulator(str(place / "tensorboard/evaluation")).Reload()
     (event,) = events.Scalars("evaluation/frechet_distance")
     assert event.step == 6 and event.value == pytest.approx(result["figures"]["frechet_distance"]["value"])
     assert events.Scalars("evaluation/recall/high")[0].value == pytest.approx(result["figures"]["recall"]["high"])
@@ -218,10 +215,10 @@ def test_bits_per_dimension_are_those_of_each_image_and_kept_by_shard(
     tiny_run: Path, digits: Path, tmp_path: Path
 ) -> None:
     few = tmp_path / "few"
-    with_classes = {"size": 8, "channels": 1, "shard_samples": 700, "quiet": True}
+    with_classes = {"size": 8, "channels": 1, "shard_samples": 1780, "quiet": True}
     shard([str(Path(job.__file__).parents[1] / "shards/digits.zip")], str(few), **with_classes)
     index = json.loads((few / "index.json").read_text())
-    index["shards"] = index["shards"][2:]  # 397 images
+    index["shards"] = index["shards"][1:]  # 17 images
     index["samples"] = sum(record["samples"] for record in index["shards"])
     (few / "index.json").write_text(json.dumps(index))
     asked = ("evaluate", tiny_run, "--likelihood", few, "--cache", tmp_path / "cache", "--json", "--quiet")
@@ -236,8 +233,8 @@ def test_bits_per_dimension_are_those_of_each_image_and_kept_by_shard(
     np.testing.assert_allclose(arrays["terms"][:8], bound.terms.numpy(), rtol=1e-3, atol=1e-5)
     total = arrays["prior"].astype(np.float64) + arrays["terms"].astype(np.float64).sum(axis=1)
     figure = result["figures"]["bits_per_dim"]
-    assert figure["value"] == pytest.approx(total.mean()) and result["n"] == len(total) == 397
-    assert figure["high"] - figure["value"] == pytest.approx(1.959964 * total.std(ddof=1) / 397**0.5)
+    assert figure["value"] == pytest.approx(total.mean()) and result["n"] == len(total) == 17
+    assert figure["high"] - figure["value"] == pytest.approx(1.959964 * total.std(ddof=1) / 17**0.5)
     parts = [result["figures"][name]["value"] for name in ("prior", "diffusion", "decoder")]
     assert sum(parts) == pytest.approx(figure["value"]) and result["terms"][0] == pytest.approx(parts[2], abs=1e-6)
     stamp = path.stat().st_mtime_ns

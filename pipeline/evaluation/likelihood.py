@@ -1,4 +1,4 @@
-"""Bits per dimension of a shard set, by the terms of the variational bound (Ho et al. 2020, arXiv:2006.11239, eq. 5)."""
+"""Bits per dimension of a shard set, by term of the variational bound (Ho et al. 2020, arXiv:2006.11239, eq. 5)."""
 
 from __future__ import annotations
 
