@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --
 BENCHMARKS := "shard_throughput.py --rounds 3" "loader_throughput.py --rounds 2" "checkpoint_stall.py --saves 3" \
   "train_step.py --threads 1" "sampling.py --threads 1" "roofline.py --threads 1" "ddp_scaling.py --rounds 4" "cost.py --threads 1" memory.py
 
-PARSERS := tar targz zip npy npz cifar parquet index record samples sidecar sample foreign manifest statistics image \
+PARSERS := tar targz zip npy npz cifar parquet index record samples sidecar sample foreign manifest result image \
   member places json
 
 unexport PYTHONDONTWRITEBYTECODE  # images of Python set it, and every process would compile pipeline/ anew

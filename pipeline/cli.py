@@ -14,7 +14,7 @@ from pipeline import arguments, messages
 from pipeline.cluster.interrupt import signals_to
 from pipeline.cluster.launch_environment import count
 from pipeline.config import FixedVariance, SamplingOptions
-from pipeline.errors import DataError, PipelineError, Stopped
+from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
 from pipeline.solvers import SamplerName, Spacing
 
 _INTERRUPTED = 130
@@ -287,6 +287,62 @@ def sample(
     result = job.sample(request, quiet=quiet)
     if as_json:
         messages.summary(json.dumps(result))
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            callback=arguments.expand_homes,
+            metavar="SAMPLES|RUN",
+            help="Sample set, or any shard set; with --likelihood a run, a checkpoint or a diffusers directory.",
+        ),
+    ],
+    against: Annotated[str | None, _path("SHARDSET", "Shard set to compare the samples with.")] = None,
+    features: Annotated[
+        str | None,
+        _path(
+            "FILE|inception",
+            "Network in whose features sets are compared: .npz of a CIFAR ResNet, TorchScript, or .pt2 of torch.export; "
+            "inception: the standard file of FID, fetched once. TorchScript runs code: name only files that you trust.",
+        ),
+    ] = None,
+    likelihood: Annotated[
+        str | None,
+        _path("SHARDSET", "Instead: bits per dimension of this set by the model; as many passes as timesteps."),
+    ] = None,
+    cache: Annotated[
+        str | None, _path("DIR", "Where features are kept, 4 bytes a feature and image. Default: beside each set.")
+    ] = None,
+    nearest: Annotated[
+        str | None, _path("FILE.png", "Also write a sheet of samples beside their nearest images of --against.")
+    ] = None,
+    log: Annotated[
+        str | None, _path("RUN", "Also write the figures into the TensorBoard of the run that drew the samples.")
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="With --likelihood: use the averaged weights.")] = True,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure samples against a shard set, with 95 % intervals. Any number of processes share the work.
+
+    Features of each shard are computed once and kept; the same command again computes only missing ones.
+    """
+    from pipeline import evaluate as job
+
+    if likelihood:
+        if against or features or nearest or log:
+            raise ConfigError(
+                "--likelihood goes with --cache only: leave --against, --features, --nearest and --log out"
+            )
+        result = job.likelihood(source, likelihood, cache=cache, ema=ema, quiet=quiet)
+    elif not (against and features):
+        raise ConfigError("give --against SHARDSET and --features FILE|inception, or --likelihood SHARDSET")
+    else:
+        request = job.EvaluationRequest(source, against, features, cache=cache, nearest=nearest, log=log)
+        result = job.evaluate(request, quiet=quiet)
+    messages.result(json.dumps(result) if as_json else job.as_table(result))
 
 
 @app.command()

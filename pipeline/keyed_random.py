@@ -36,6 +36,7 @@ class Use(IntEnum):
     VALIDATION_NOISE = 10
     SHARDING_CROP = 11
     LIKELIHOOD = 12
+    EVALUATION_GROUP = 13
 
 
 def philox(

@@ -7,8 +7,6 @@ size, and a shard is complete when its record exists.
 
 from __future__ import annotations
 
-import os
-import random
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -20,8 +18,9 @@ import numpy as np
 import torch
 
 from pipeline import messages
+from pipeline.cluster.device import own_device
 from pipeline.cluster.interrupt import Interrupt
-from pipeline.cluster.launch_environment import process_rank
+from pipeline.cluster.launch_environment import in_turn, process_rank
 from pipeline.config import SamplingOptions
 from pipeline.data.images import preprocess, video
 from pipeline.data.images.contact_sheet import grid
@@ -61,7 +60,7 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
     """
     with Interrupt() as interrupt:
         request.check_outputs()
-        generator = generators.load(request.source, _device(), ema=request.ema, guide=request.guide)
+        generator = generators.load(request.source, own_device(), ema=request.ema, guide=request.guide)
         begun = sample_set.provenance(request.out) if request.out else {}
         rank = process_rank().rank
         options, shard_samples = choose(request, generator, begun, quiet=quiet)
@@ -106,7 +105,7 @@ class _Drawing:
         target.check()
         generator, seeds, options, images = self.generator, self.request.seeds, self.options, self.request.images
         process, data, count = process_rank(), generator.config.data, 0
-        shards = _in_turn(target.numbers(seeds), process.rank, process.size)
+        shards = in_turn(target.numbers(seeds), process)
         share = sum(len(target.seeds_in(i, seeds)) for i in shards)
         with Progress(share, "sampling", unit="images", quiet=self.quiet) as progress:
             if process.size > 1:
@@ -160,31 +159,6 @@ class _Drawing:
     def _first(self) -> list[int]:
         """The seeds that a grid or a video shows."""
         return [seed for part in self.request.seeds for seed in part[:SHOWN]][:SHOWN]
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", process_rank().local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def _in_turn(shards: list[int], rank: int, world_size: int) -> list[int]:
-    """The shards of this process in the order it draws them: its share under a launcher, otherwise all of them.
-
-    Independent processes share the work too: each checks before a shard whether it is complete, and two processes that
-    draw the same shard write the same bytes. Task i of n of a job array starts i/n of the way and wraps around; other
-    processes take a random order. The order changes the speed only.
-    """
-    share = shards[rank::world_size]
-    task, first, tasks = (os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "COUNT"))
-    if task.isdecimal() and first.isdecimal() and tasks.isdecimal():
-        start = len(share) * (int(task) - int(first)) // max(1, int(tasks)) % max(1, len(share))
-        return share[start:] + share[:start]
-    if world_size == 1:
-        random.SystemRandom().shuffle(share)
-    return share
 
 
 def _watch(interrupt: Interrupt, progress: Progress) -> Callable[[], None]:

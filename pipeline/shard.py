@@ -63,7 +63,7 @@ def shard(
         part: I/N makes the I-th (from 0) of N runs of whole shards. The job that makes the last shard finishes the set.
         overwrite: delete the set that an earlier job wrote to `out`, and make it again.
         preview: file for a sheet of up to 100 images spread over the finished set.
-        features: feature file (`evaluation.features`); its statistics of the finished set are stored beside the index.
+        features: feature file (`evaluation.features`); the features of the finished set are stored beside its index.
         quiet: no progress bar.
 
     Raises:
@@ -174,11 +174,11 @@ def _report_set(
     interrupt: Interrupt,
     quiet: bool,
 ) -> None:
-    """Write preview and statistics of a finished set, then judge it by its counts."""
+    """Write preview and features of a finished set, then judge it by its counts."""
     if preview and counts["taken"]:
         _write_preview(out, preview)
     if network and counts["taken"]:
-        _store_reference(out, network, interrupt, quiet)
+        _store_features(out, network, interrupt, quiet)
     refuse_too_many_bad(out, counts, max_bad_fraction)
     if empty := [ascii(name)[1:-1] for name, count in (counts["classes"] or {}).items() if not count]:
         messages.warning(
@@ -191,22 +191,27 @@ def _report_set(
 
 
 def _load_network(file: str, size: tuple[int, int]) -> Extractor:
-    from pipeline.evaluation import extract
+    from pipeline.cluster.device import own_device
+    from pipeline.evaluation import features
 
-    return extract.extractor(file, size)
+    return features.load(file, own_device(), size)
 
 
-def _store_reference(out: str, network: Extractor, interrupt: Interrupt, quiet: bool) -> None:
-    from pipeline.evaluation import extract
+def _store_features(out: str, network: Extractor, interrupt: Interrupt, quiet: bool) -> None:
+    from pipeline.evaluation import features
 
-    def each(batches: range) -> Iterator[int]:
-        with Progress(len(batches), "measuring features", unit="batches", quiet=quiet) as progress:
-            for i in batches:
-                _check_stop(interrupt, "with the set complete, but not its statistics")
-                yield i
-                progress.advance()
+    shards = ShardSet.open(out)
+    results = features.of_shards(shards, network, out)
+    missing = results.missing()
+    total = sum(shards.shards[i].samples for i in missing)
+    with Progress(total, "computing features", unit="images", quiet=quiet) as progress:
 
-    extract.store_reference(ShardSet.open(out), network, each)
+        def each(count: int) -> None:
+            progress.advance(count)
+            _check_stop(interrupt, "with the set complete, but not its features")
+
+        for i in missing:
+            results.compute(i, each)
 
 
 def _write_preview(out: str, file: str) -> None:

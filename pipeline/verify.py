@@ -15,6 +15,7 @@ from pipeline.data.shards import sample_set
 from pipeline.data.shards import verify as verify_shards
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, NoCheckpoint, Stopped
+from pipeline.evaluation import result_file
 from pipeline.monitoring.progress import Progress
 from pipeline.processes import pool
 from pipeline.storage import files
@@ -60,9 +61,8 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
         if is_run:
             return verify_checkpoints(path, each)
         if "index.json" in names or any(name.endswith(".tar") for name in names):
-            return verify_shards.verify(
-                path, partial(_in_parallel, interrupt=interrupt, check_stop=check_stop, quiet=quiet)
-            )
+            check = partial(_in_parallel, interrupt=interrupt, check_stop=check_stop, quiet=quiet)
+            return [*verify_shards.verify(path, check), *result_file.verify(path)]
         if any(sample_set.RECORD.fullmatch(name) for name in names):
             return sample_set.verify(path, each)
     raise ConfigError(f"{path} is neither a shard set, a sample set, a run nor a checkpoint: give one of these")

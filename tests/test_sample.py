@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from pipeline import sample as job
 from pipeline.cli import app
+from pipeline.cluster.launch_environment import ProcessRank, in_turn
 from pipeline.config import Config, DataSection, DiffusionSection, ModelSection, SamplingOptions, TrainSection
 from pipeline.data.shards.sample_set import parse_seeds
 from pipeline.data.shards.shard_set import ShardSet
@@ -198,18 +199,18 @@ def test_array_tasks_start_at_different_shards_and_each_completes_the_set(
     starts = []
     for task in (3, 4, 5, 6, 900):  # the last is an array's that has a stride
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
-        order = job._in_turn(shards, 0, 1)
+        order = in_turn(shards, ProcessRank())
         assert sorted(order) == shards and order == [*range(order[0], 10), *range(order[0])]
         starts.append(order[0])
     assert starts[:4] == [0, 2, 5, 7]
-    assert job._in_turn([], 0, 1) == []
+    assert in_turn([], ProcessRank()) == []
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "1")  # a task resubmitted alone
     assert draw(out=tmp_path / "set")["complete"]
 
 
 def test_ranks_of_a_launcher_share_out_all_shards() -> None:
     shards = list(range(10))
-    parts = [job._in_turn(shards, rank, 3) for rank in range(3)]
+    parts = [in_turn(shards, ProcessRank(rank, 3)) for rank in range(3)]
     assert sorted(shard for part in parts for shard in part) == shards
 
 

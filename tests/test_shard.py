@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.data.loading.batches import read_all
@@ -27,7 +28,7 @@ from pipeline.data.shards.summary import Summary
 from pipeline.data.shards.verify import verify
 from pipeline.data.sources.listing import list_inputs
 from pipeline.errors import ConfigError, DataError, PipelineError
-from pipeline.evaluation import extract, reference
+from pipeline.evaluation import features, result_file
 from pipeline.processes.pool import CheckStop
 from pipeline.storage import files
 from tests import warm
@@ -451,24 +452,21 @@ def test_a_preview_shows_images_of_all_classes(digits: tuple[Path, Summary], tmp
     np.testing.assert_array_equal(sheet[12:20, 2:10], expected[10, 0])
 
 
-def test_reference_statistics_lie_beside_the_index(tmp_path: Path) -> None:
+def test_features_lie_beside_the_index_and_are_computed_once(tmp_path: Path) -> None:
     write_images(tmp_path / "in", [f"{i}.png" for i in range(30)])
     network = npz(tmp_path / "resnet.npz", resnet_weights())
-    options = {"size": 16, "features": str(network), "quiet": True}
+    options = {"size": 16, "shard_samples": 20, "features": str(network), "quiet": True}
     shard([str(tmp_path / "in")], str(tmp_path / "set"), **options)
-    (place,) = (tmp_path / "set").glob("reference-*.safetensors")
-    identity, found = reference.parse(str(place))
-    shards = ShardSet.open(str(tmp_path / "set"))
-    assert (identity.data_sha256, identity.settings_sha256) == (shards.sha256, shards.settings_sha256)
-    features = extract.extractor(str(network), (16, 16))(read_all(shards).images).features.double().numpy()
-    np.testing.assert_allclose(found.mean, features.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), atol=1e-6)
-    assert found.count == 30 and verify(str(tmp_path / "set")) == []
-    before = place.stat().st_mtime_ns
+    places = sorted((tmp_path / "set").glob("features-*/set-00000?-*.safetensors"))
+    found = np.concatenate([result_file.parse(str(place))[1]["features"] for place in places])
+    shards, extractor = ShardSet.open(str(tmp_path / "set")), features.load(str(network), torch.device("cpu"), (16, 16))
+    np.testing.assert_allclose(found, extractor(read_all(shards).images).features.numpy(), atol=1e-5)
+    assert len(places) == 2 and verify(str(tmp_path / "set")) == []
+    before = [place.stat().st_mtime_ns for place in places]
     shard([str(tmp_path / "in")], str(tmp_path / "set"), **options)
-    assert place.stat().st_mtime_ns == before
+    assert [place.stat().st_mtime_ns for place in places] == before
     shard([str(tmp_path / "in")], str(tmp_path / "set"), size=24, overwrite=True, quiet=True)
-    assert not list((tmp_path / "set").glob("reference-*"))
+    assert not list((tmp_path / "set").glob("features-*"))
 
 
 def test_the_job_starts_without_torch() -> None:

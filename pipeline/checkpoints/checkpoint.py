@@ -186,6 +186,16 @@ def find_checkpoint(source: str) -> tuple[Checkpoint, list[str]]:
     return checkpoint, ignored
 
 
+def step_of_manifest(run_dir: str, manifest_sha256: str) -> int | None:
+    """The step of a run's checkpoint with this manifest; None if the run has no such checkpoint."""
+    run = RunDir(run_dir)
+    for step in reversed(run.checkpoint_steps()):
+        path = files.join(run.checkpoint(step), _MANIFEST)
+        if files.exists(path) and files.sha256(path) == manifest_sha256:
+            return step
+    return None
+
+
 def keep_forever(checkpoint: Checkpoint) -> None:
     """Mark a checkpoint so that `remove_old` never removes it."""
     files.write_bytes(files.join(checkpoint.path, _KEEP), b"")

@@ -33,6 +33,8 @@ class RunDir:
         self.log = files.join(path, "log.jsonl")
         """The curves as JSON, one line a step."""
         self.tensorboard = files.join(path, "tensorboard")
+        self.evaluation = files.join(self.tensorboard, "evaluation")
+        """Event files of `ddpm evaluate --log`, which may run while the run is trained."""
         self.checkpoints = files.join(path, "checkpoints")
         self.control = files.join(path, "control")
         self.stop = files.join(self.control, "stop")

@@ -7,6 +7,7 @@ only a part. So an empty variable counts as unset, and the variables of a job of
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -59,6 +60,23 @@ def process_rank(needed: Collection[str] = ()) -> ProcessRank:
                 f"`accelerate launch`, or unset {name} for a single process"
             )
     return process
+
+
+def in_turn(shards: list[int], process: ProcessRank) -> list[int]:
+    """The shards of this process in the order it works on them: its share under a launcher, otherwise all of them.
+
+    Independent processes share the work too: each checks before a shard whether it is complete, and two processes that
+    make the same shard write the same bytes. Task i of n of a job array starts i/n of the way and wraps around; other
+    processes take a random order. The order changes the speed only.
+    """
+    share = shards[process.rank :: process.size]
+    task, first, tasks = (os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "COUNT"))
+    if task.isdecimal() and first.isdecimal() and tasks.isdecimal():
+        start = len(share) * (int(task) - int(first)) // max(1, int(tasks)) % max(1, len(share))
+        return share[start:] + share[:start]
+    if process.size == 1:
+        random.SystemRandom().shuffle(share)
+    return share
 
 
 def prepare_training() -> ProcessRank:

@@ -1,12 +1,18 @@
 """Load a feature network from a file: uint8 images → features, in which distances between sets are measured.
 
-Two kinds, distinguished by the content of the file, not by its name:
+Three kinds, distinguished by the content of the file, not by its name:
 
 - NumPy `.npz` with the state_dict of a CIFAR ResNet (He et al. 2016, arXiv:1512.03385, section 4.2), names and option-A
   shortcuts as in github.com/akamaster/pytorch_resnet_cifar10. The features are the pooled ones before the classifier.
   Images may have any size and are not resized; the network was trained at 32 px.
 - TorchScript, such as NVIDIA's `inception-2015-12-05.pt`, called with float RGB images of values 0 to 255, and with
-  `return_features=True` if it has that argument. The network itself may resize; NVIDIA's does, to 299 px.
+  `return_features=True` if it has that argument; without it such a network returns probabilities of its classes (with
+  `no_output_bias=True` if it has that argument, as for the Inception Score), in a second pass. The network itself may
+  resize; NVIDIA's does, to 299 px, as the TensorFlow original does.
+- `torch.export`, as `torch.export.save` writes it (`.pt2`), with a dynamic batch dimension, called as TorchScript is.
+  It returns the features, or the features and the logits of its classes.
+
+`inception` names NVIDIA's file, the standard one: it is taken from the cache of this user, or fetched once.
 
 `torch.jit.load` creates TorchScript's own types and tensors only; a pickle of other Python objects is refused. But the
 program in the file is executed: use only files from sources that you trust.
@@ -20,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import zipfile
 import zlib
@@ -32,13 +39,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
+from pipeline.data.loading.batches import Batch
+from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation.result_file import Arrays
+from pipeline.evaluation.shard_results import ShardResults
 from pipeline.storage import files
+from pipeline.untrusted import error_text
 
-_KINDS = "give an .npz with a CIFAR ResNet's weights, or TorchScript such as NVIDIA's inception-2015-12-05.pt"
+INCEPTION = "inception"
+"""The name that stands for the standard file."""
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+_INCEPTION_FILE = "inception-2015-12-05.pt"
+_INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{_INCEPTION_FILE}"
+_KINDS = (
+    "give an .npz with a CIFAR ResNet's weights, TorchScript such as NVIDIA's inception-2015-12-05.pt, "
+    "or a .pt2 of torch.export"
+)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Normalization of RGB in 0..1 in the training of akamaster's networks."""
 _COUNTER = "num_batches_tracked"
+_BATCH = 256
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Features(NamedTuple):
@@ -47,7 +69,7 @@ class Features(NamedTuple):
     features: Tensor
     """float32, (B, D)."""
     logits: Tensor | None
-    """float32, (B, classes); None if the network outputs none."""
+    """float32, (B, classes), logarithms of the probabilities of its classes up to a constant; None if it has none."""
 
 
 @dataclass(frozen=True)
@@ -75,32 +97,32 @@ class Extractor:
             # TF32 keeps ten bits of the mantissa, which a distance shows.
             with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
                 features, logits = self._network(images.to(self.device).expand(-1, 3, -1, -1).float())
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             size = "x".join(map(str, images.shape[2:]))
-            reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix("RuntimeError: ")
             raise ConfigError(f"{self.url} takes no batch of {len(images)} RGB images of {size}: {reason}") from error
         if not isinstance(features, Tensor) or features.shape[:1] != images.shape[:1] or features[0].squeeze().ndim > 1:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ConfigError(f"{self.url} gives {got} for {len(images)} images, not one row of features for each")
-        return Features(features.reshape(len(images), -1).float().cpu(), None if logits is None else logits.cpu())
+        return Features(
+            features.reshape(len(images), -1).float().cpu(),
+            None if logits is None else logits.float().cpu(),
+        )
 
 
-def load(url: str, device: torch.device, size: tuple[int, int]) -> Extractor:
+def load(name: str, device: torch.device, size: tuple[int, int]) -> Extractor:
     """Load the network of a feature file and test it on two images.
 
     Args:
-        url: path or URL of the file.
+        name: path or URL of the file, or `inception`.
         device: where the network runs.
         size: (height, width) of the images.
 
     Raises:
-        ConfigError: the file does not exist, is of an unknown kind, or its network does not accept such images.
+        ConfigError: the file cannot be had, is of an unknown kind, or its network does not accept such images.
         DataError: the file is damaged.
     """
-    try:
-        data = files.read_bytes(url)
-    except OSError as error:
-        raise ConfigError(f"{url} cannot be read ({error.strerror or error}): {_KINDS}") from error
+    url, data = _inception() if name == INCEPTION else (name, _read(name))
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.namelist()
@@ -112,6 +134,8 @@ def load(url: str, device: torch.device, size: tuple[int, int]) -> Extractor:
     network: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     if any(name.endswith(".npy") for name in members):
         network, preprocessing = _cifar_resnet(url, data).to(device), "rgb, 0 to 1, ImageNet's mean and deviation"
+    elif any(name.endswith("/archive_format") for name in members):
+        network, preprocessing = _exported(url, data, device), "rgb, 0 to 255"
     elif any(name.endswith("/constants.pkl") for name in members):
         network, preprocessing = _torchscript(url, data, device)
     else:
@@ -119,6 +143,33 @@ def load(url: str, device: torch.device, size: tuple[int, int]) -> Extractor:
     extractor = Extractor(url, hashlib.sha256(data).hexdigest(), preprocessing, device, network)
     extractor(torch.zeros((2, 3, *size), dtype=torch.uint8))
     return extractor
+
+
+def _read(url: str) -> bytes:
+    try:
+        return files.read_bytes(url)
+    except OSError as error:
+        raise ConfigError(f"{url} cannot be read ({error.strerror or error}): {_KINDS}") from error
+
+
+def _inception() -> tuple[str, bytes]:
+    """The standard Inception file: from this user's cache, else from its URL, and then kept in the cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = files.join(cache, "ddpm-pipeline", _INCEPTION_FILE)
+    is_cached = files.exists(path)
+    try:
+        data = files.read_bytes(path if is_cached else _INCEPTION_URL)
+    except (OSError, DataError, ConfigError) as error:
+        raise ConfigError(
+            f"--features inception: {_INCEPTION_URL} cannot be fetched ({error_text(error)}): fetch it on another "
+            f"machine (sha256 {INCEPTION_SHA256}) and copy it to {path}, or name the file with --features"
+        ) from error
+    if (sha256 := hashlib.sha256(data).hexdigest()) != INCEPTION_SHA256:
+        where = path if is_cached else _INCEPTION_URL
+        raise DataError(f"{where} has the sha256 {sha256}, not {INCEPTION_SHA256}: remove it and fetch it again")
+    if not is_cached:
+        files.write_bytes(path, data)
+    return path, data
 
 
 class _Block(nn.Module):
@@ -184,9 +235,49 @@ def _torchscript(
 ) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor | None]], str]:
     try:
         network = torch.jit.load(io.BytesIO(data), map_location=device).eval()  # type: ignore[no-untyped-call]
-        asks = any(argument.name == "return_features" for argument in network.forward.schema.arguments)
+        arguments = {argument.name for argument in network.forward.schema.arguments}
     except (RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(f"{url} is not TorchScript that this torch can load ({reason}): {_KINDS}") from error
-    options = {"return_features": True} if asks else {}
-    return lambda rgb: (network(rgb, **options), None), "rgb, 0 to 255" + ", return_features" * asks
+    if "return_features" not in arguments:
+        return lambda rgb: (network(rgb), None), "rgb, 0 to 255"
+    options = {"no_output_bias": True} if "no_output_bias" in arguments else {}
+
+    def both(rgb: Tensor) -> tuple[Tensor, Tensor | None]:
+        probabilities: Tensor = network(rgb, **options)
+        return network(rgb, return_features=True), probabilities.clamp_min(_TINY).log()
+
+    return both, "rgb, 0 to 255, return_features"
+
+
+def _exported(url: str, data: bytes, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    try:
+        network = torch.export.load(io.BytesIO(data)).module().to(device)
+    except Exception as error:  # the loader raises errors of many kinds for a damaged program
+        raise ConfigError(
+            f"{url} is no program of torch.export that this torch can load ({error_text(error)})"
+        ) from error
+
+    def call(rgb: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = network(rgb)
+        return (output, None) if isinstance(output, Tensor) else output
+
+    return call
+
+
+def of_shards(shards: ShardSet, extractor: Extractor, cache: str) -> ShardResults:
+    """The features of a set: arrays `features`, (N, D), and `logits`, (N, classes), if the network has classes.
+
+    Args:
+        shards: the set.
+        extractor: the network.
+        cache: directory or URL under which they are kept.
+    """
+
+    def compute(batch: Batch) -> Arrays:
+        found = extractor(batch.images)._asdict()
+        return {name: value.numpy() for name, value in found.items() if value is not None}
+
+    directory = files.join(cache, f"features-{extractor.sha256[:12]}")
+    network = {"features_sha256": extractor.sha256, "preprocessing": extractor.preprocessing}
+    return ShardResults(shards, directory, network, compute, _BATCH)

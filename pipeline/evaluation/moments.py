@@ -69,14 +69,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if min(a.count, b.count) < 2:
         raise DataError(f"a Fréchet distance between {a.count} and {b.count} images: give at least 2 on either side")
-    overlap = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
+    overlap = np.linalg.svd(factor(a.covariance).T @ factor(b.covariance), compute_uv=False).sum()
     apart = a.mean - b.mean
     squared = apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
     return max(float(squared), 0.0)
 
 
-def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+def factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """(D, D) F with F Fᵀ = covariance; eigenvalues below 0, a result of rounding, count as 0."""
     values, vectors = np.linalg.eigh(covariance)
-    factor: NDArray[np.float64] = vectors * np.sqrt(values.clip(min=0))
-    return factor
+    root: NDArray[np.float64] = vectors * np.sqrt(values.clip(min=0))
+    return root

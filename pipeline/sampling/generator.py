@@ -21,6 +21,7 @@ from pipeline import keyed_random, messages
 from pipeline.config import Config, DiffusionSection, SamplingOptions, differences
 from pipeline.data.sources.labels import class_names
 from pipeline.diffusion import guidance, samplers
+from pipeline.diffusion.likelihood import Bound, bits_per_dimension
 from pipeline.diffusion.process import Denoise, DiffusionProcess, Variance
 from pipeline.diffusion.spacing import advice, resolve
 from pipeline.errors import ConfigError
@@ -146,6 +147,29 @@ class Generator:
     def variance(self, options: SamplingOptions) -> Variance:
         """The variance of a ddpm step."""
         return self.config.model.reverse_variance(options.variance)
+
+    @torch.inference_mode()
+    def bits_per_dimension(
+        self, images: Tensor, labels: Tensor, numbers: Tensor, check_stop: Callable[[], None] = lambda: None
+    ) -> Bound:
+        """The variational bound of images, in as many network passes as the model has timesteps.
+
+        Args:
+            images: uint8, (B, C, H, W).
+            labels: int64, (B,); -1 for none.
+            numbers: int64, (B,): the noise of an image is keyed by its number.
+            check_stop: called before each pass through the network; may raise.
+        """
+        x0 = images.to(self.device).float() / 127.5 - 1
+        ids = numbers.to(self.device)
+        options = self.resolved(SamplingOptions(variance=self.config.sample.variance, guidance=1.0))
+        shape = tuple(x0.shape[1:])
+
+        def noise(t: int) -> Tensor:
+            return keyed_random.normals(_SEED, ids, Use.LIKELIHOOD, shape, step=t)
+
+        denoise = self._denoise(labels.to(self.device), options, check_stop)
+        return bits_per_dimension(denoise, x0, replace(self._process, variance=self.variance(options)), noise)
 
     @torch.inference_mode()
     def _trajectory(self, seeds: range, options: SamplingOptions, check_stop: Callable[[], None]) -> Iterator[Step]:

@@ -161,7 +161,8 @@ def test_torchscript_gets_values_from_0_to_255_and_return_features(channels, tmp
     images = random_images(channels=channels)
     found = features.load(script(tmp_path / "means.pt", Means()), CPU, (32, 32))(images)
     torch.testing.assert_close(found.features, images.float().mean((2, 3)).expand(-1, 3))
-    assert found.logits is None
+    probabilities = images.float().mean((2, 3)).expand(-1, 3).softmax(1)  # what it returns without the argument
+    torch.testing.assert_close(found.logits.softmax(1), probabilities)
 
 
 def test_torchscript_without_return_features_is_called_without_it(tmp_path):
@@ -171,6 +172,55 @@ def test_torchscript_without_return_features_is_called_without_it(tmp_path):
     found = features.load(url, CPU, (32, 32))(images)  # (B, D, 1, 1) is (B, D)
     torch.testing.assert_close(found.features, images.float().mean((2, 3)))
     assert "return_features" not in features.load(url, CPU, (32, 32)).preprocessing
+
+
+# --- torch.export ---
+
+
+class Classifier(nn.Module):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        means = images.mean((2, 3))
+        return means, means * 2
+
+
+def exported(path: Path, module: nn.Module, **shapes) -> str:
+    torch.export.save(torch.export.export(module, (torch.zeros(2, 3, 32, 32),), **shapes), str(path))
+    return str(path)
+
+
+def test_a_program_of_torch_export_gives_features_and_perhaps_logits(tmp_path):
+    dynamic = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+    images, means = random_images(), random_images().float().mean((2, 3))
+    both = features.load(exported(tmp_path / "both.pt2", Classifier(), **dynamic), CPU, (32, 32))(images)
+    torch.testing.assert_close(both.features, means)
+    torch.testing.assert_close(both.logits, 2 * means)
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1))
+    alone = features.load(exported(tmp_path / "alone.pt2", pool, **dynamic), CPU, (32, 32))(images)
+    torch.testing.assert_close(alone.features, means)
+    assert alone.logits is None
+    with pytest.raises(ConfigError, match="takes no batch of 5 RGB images of 32x32: Guard failed"):
+        features.load(exported(tmp_path / "fixed.pt2", pool), CPU, (32, 32))(images)
+
+
+# --- the standard file by its name ---
+
+
+def test_inception_is_fetched_once_and_only_the_standard_file_is_taken(tmp_path, monkeypatch):
+    served, cache = tmp_path / "served.pt", tmp_path / "cache/ddpm-pipeline/inception-2015-12-05.pt"
+    script(served, Means())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(features, "_INCEPTION_URL", str(tmp_path / "nowhere.pt"))
+    with pytest.raises(ConfigError, match=rf"fetch it on another machine \(sha256 f58cb9b6.*copy it to {cache}"):
+        features.load("inception", CPU, (16, 16))
+    monkeypatch.setattr(features, "_INCEPTION_URL", str(served))
+    with pytest.raises(DataError, match=r"has the sha256 .*, not f58cb9b6"):
+        features.load("inception", CPU, (16, 16))
+    assert not cache.exists()
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(served.read_bytes()).hexdigest())
+    first = features.load("inception", CPU, (16, 16))
+    served.unlink()
+    assert features.load("inception", CPU, (16, 16)).sha256 == first.sha256 == features.INCEPTION_SHA256
+    assert cache.exists()
 
 
 # --- what is refused, each in one line ---

@@ -77,7 +77,7 @@ def seeds(name: str) -> list[bytes]:
     record = {"seeds": "0-9,11", "count": 11, "provenance": {}, "files": {"000000000.png": {"bytes": 1, "sha256": sha}}}
     files = {"state.json": {"bytes": 2, "sha256": sha}, "model.safetensors": {"bytes": 2, "sha256": sha}}
     batch = {"data": np.zeros((1, 3072), np.uint8), "labels": [1]}
-    header = json.dumps({"__metadata__": {"reference": '{"sha256": ""}'}}).encode()
+    header = json.dumps({"__metadata__": {"identity": '{"sha256": ""}'}}).encode()
     return {
         "tar": [_tar(), _tar(format=tarfile.GNU_FORMAT)],
         "targz": [gzip.compress(_tar())],
@@ -92,7 +92,7 @@ def seeds(name: str) -> list[bytes]:
         "sample": [pack(Sample("000000000", encode(_PIXELS, "png"), "png", 0, {})).data],
         "foreign": [_tar()],
         "manifest": [json.dumps({"version": 1, "step": 1, "files": files}).encode()],
-        "statistics": [len(header).to_bytes(8, "little") + header],
+        "result": [len(header).to_bytes(8, "little") + header],
         "image": _images() if name == "image" else [],
         "parquet": _parquet() if name == "parquet" else [],
         "member": [b"\1\0\x10" + b"abc", b"\2\0\x10" + b"BZh9"],

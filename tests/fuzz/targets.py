@@ -96,11 +96,11 @@ def manifest(data: bytes) -> None:
     verify_checkpoints(str(PLACE / "run"), iter)
 
 
-def statistics(data: bytes) -> None:
-    from pipeline.evaluation import reference  # noqa: PLC0415
+def result(data: bytes) -> None:
+    from pipeline.evaluation import result_file  # noqa: PLC0415
 
-    (PLACE / "reference.safetensors").write_bytes(data)
-    reference.parse(str(PLACE / "reference.safetensors"))
+    (PLACE / "result.safetensors").write_bytes(data)
+    result_file.parse(str(PLACE / "result.safetensors"))
 
 
 def image(data: bytes) -> None:
@@ -148,7 +148,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "sample": sample,
     "foreign": foreign,
     "manifest": manifest,
-    "statistics": statistics,
+    "result": result,
     "image": image,
     "member": member,
     "places": places,

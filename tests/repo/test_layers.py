@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": BOTTOM | {"checkpoints", "messages", "processes", "storage"},
     "monitoring": BOTTOM | {"checkpoints", "cluster", "messages", "storage"},
     "sampling": BOTTOM | DATA | {"checkpoints", "config", "config_file", "diffusion", "messages", "model", "storage"},
-    "evaluation": BOTTOM | DATA | {"storage"},
+    "evaluation": BOTTOM | DATA | {"diffusion", "storage"},
     "training": BOTTOM
     | DATA
     | {
@@ -85,6 +85,14 @@ PURE = {
     "pipeline.training.learning_rate",
     "pipeline.training.continuity",
     "pipeline.evaluation.moments",
+    "pipeline.evaluation.frechet",
+    "pipeline.evaluation.kernel_distance",
+    "pipeline.evaluation.inception_score",
+    "pipeline.evaluation.intervals",
+    "pipeline.evaluation.neighbours",
+    "pipeline.evaluation.precision_recall",
+    "pipeline.evaluation.memorisation",
+    "pipeline.evaluation.figures",
 } | {name for name in MODULES if name.startswith("pipeline.diffusion")}
 IMPURE = {
     "os", "sys", "pathlib", "time", "datetime", "fsspec", "socket", "subprocess", "random", "shutil", "tempfile",

@@ -12,9 +12,9 @@ from __future__ import annotations
 import threading
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from multiprocessing.connection import wait
@@ -215,11 +215,20 @@ def read_all(shards: ShardSet, limit: int | None = None, share: tuple[int, int] 
     count = shards.samples if limit is None else min(limit, shards.samples)
     rank, ranks = share
     chosen = range(count * rank // ranks, count * (rank + 1) // ranks)
+    batch = read_range(shards, [i * shards.samples // count for i in chosen])
+    return replace(batch, positions=torch.arange(chosen.start, chosen.stop))
+
+
+def read_range(shards: ShardSet, numbers: Sequence[int]) -> Batch:
+    """Read the samples with these numbers in the order of the index; their positions are the numbers.
+
+    Raises:
+        DataError: a sample is missing, damaged or undecodable.
+    """
     ends = np.cumsum(shards.shard_samples)
     with closing(_Reader(shards)) as reader:
-        places = ((i, _place(ends, i * shards.samples // count)) for i in chosen)
-        encoded = ((i, place, *reader.read(place)) for i, place in places)
-        images = torch.empty((len(chosen), shards.channels, *shards.size), dtype=torch.uint8)
+        encoded = ((i, place, *reader.read(place)) for i in numbers for place in [_place(ends, i)])
+        images = torch.empty((len(numbers), shards.channels, *shards.size), dtype=torch.uint8)
         chunk = _stacked(images.numpy(), _decode(shards, encoded))
     return Batch(images, torch.from_numpy(chunk.labels), torch.from_numpy(chunk.positions))
 

@@ -41,7 +41,8 @@ _CHUNK, _CHUNK_BYTES = 64, 1 << 22
 _NAMES_SHOWN = 200
 _SHARD_FILE = re.compile(r"(.+)-\d{6,}\.(tar|npy|json)")
 _UNCOMMITTED = re.compile(r".+-\d{6,}\.(tar|npy)")
-_DERIVED = re.compile(r"reference-[0-9a-f]+\.safetensors")  # what a job has measured of the finished set
+_DERIVED = re.compile(r"(features|likelihood)-[0-9a-f]{12}|evaluation\.json|reference-[0-9a-f]+\.safetensors")
+"""What `ddpm evaluate`, or version 0.1, has measured of the finished set."""
 
 
 @dataclass(frozen=True)
