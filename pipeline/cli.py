@@ -272,7 +272,7 @@ def sample(
     Options from --sampler to --size that are not given are those of the sample set if it was begun, else of the run.
     """
     from pipeline import sample as job
-    from pipeline.data.shards.sample_set import parse_seeds
+    from pipeline.data.shards.seeds import parse_seeds
     from pipeline.sampling.options import SamplingRequest
 
     options = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing,

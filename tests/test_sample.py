@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pipeline import sample as job
 from pipeline.cli import app
 from pipeline.config import Config, DataSection, DiffusionSection, ModelSection, SamplingOptions, TrainSection
-from pipeline.data.shards.sample_set import parse_seeds
+from pipeline.data.shards.seeds import parse_seeds
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.diffusion.schedule import Schedule

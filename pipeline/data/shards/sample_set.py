@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from pipeline import untrusted
 from pipeline.data.images import preprocess
 from pipeline.data.shards import shard_set
+from pipeline.data.shards.seeds import parse_seeds, seeds_text, within
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
 from pipeline.untrusted import name_inside, printable
 
 CleanImage = NDArray[np.uint8]
 Format = Literal["tar", "png", "npz"]
-_SEED = re.compile("[0-9]{1,19}")
 RECORD = re.compile(r"shard_(\d{6,})\.json")
 """The names of records."""
-_MAX_SEEDS = 100_000_000
 _UNCOMMITTED = re.compile(r"shard_\d{6,}\.(tar|npy|npz)")
 
 
@@ -66,7 +65,7 @@ class SampleSet:
 
     def seeds_in(self, i: int, seeds: tuple[range, ...]) -> list[int]:
         """The seeds that shard i holds, of sorted ranges that do not overlap."""
-        return _within(seeds, i * self.shard_samples, (i + 1) * self.shard_samples)
+        return within(seeds, i * self.shard_samples, (i + 1) * self.shard_samples)
 
     def committed(self, i: int) -> set[int]:
         """The committed seeds of shard i.
@@ -75,7 +74,7 @@ class SampleSet:
             ConfigError: they were drawn with other settings.
         """
         record, first = self._record(i), i * self.shard_samples
-        return set(_within(_ranges(record), first, first + self.shard_samples)) if record else set()
+        return set(within(_ranges(record), first, first + self.shard_samples)) if record else set()
 
     def write(self, i: int, images: Iterable[tuple[int, CleanImage]], labels: dict[int, int]) -> None:
         """Write shard i, its record last.
@@ -270,47 +269,6 @@ def _ranges(record: dict[str, Any]) -> tuple[range, ...]:
     return parse_seeds(record["seeds"]) if record["seeds"] != "" else ()
 
 
-def _within(seeds: tuple[range, ...], first: int, last: int) -> list[int]:
-    """The seeds in [first, last)."""
-    return [seed for part in seeds for seed in range(max(part.start, first), min(part.stop, last))]
-
-
 def stem(i: int) -> str:
     """The name of shard i without its ending."""
     return f"shard_{i:06d}"
-
-
-def parse_seeds(text: str) -> tuple[range, ...]:
-    """Parse `A-B` (inclusive), `A`, or a comma list of both into sorted ranges that do not overlap.
-
-    Raises:
-        ConfigError: the text is something else, or too many seeds.
-    """
-    ranges = []
-    for piece in text.split(","):
-        first, dash, last = piece.strip().partition("-")
-        if not _SEED.fullmatch(first) or (dash and not (_SEED.fullmatch(last) and int(last) >= int(first))):
-            raise ConfigError(f"--seeds {text}: write A-B (inclusive), A, or a comma list such as 0-99,500")
-        ranges.append(range(int(first), int(last or first) + 1))
-    merged: list[range] = []
-    for part in sorted(ranges, key=lambda part: part.start):
-        if merged and part.start <= merged[-1].stop:
-            merged[-1] = range(merged[-1].start, max(merged[-1].stop, part.stop))
-        else:
-            merged.append(part)
-    if merged[-1].stop > 1 << 62:
-        raise ConfigError(f"--seeds {text}: seeds go up to 2^62")
-    if sum(map(len, merged)) > _MAX_SEEDS:
-        raise ConfigError(f"--seeds {text}: more than {_MAX_SEEDS:,} at once: ask for fewer")
-    return tuple(merged)
-
-
-def seeds_text(seeds: list[int]) -> str:
-    """The inverse of `parse_seeds`, for ascending seeds."""
-    ranges: list[list[int]] = []
-    for seed in seeds:
-        if ranges and seed == ranges[-1][1] + 1:
-            ranges[-1][1] = seed
-        else:
-            ranges.append([seed, seed])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)

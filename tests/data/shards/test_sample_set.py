@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.shards import verify as integrity
-from pipeline.data.shards.sample_set import Format, SampleSet, parse_seeds, provenance, seeds_text, stem, verify
+from pipeline.data.shards.sample_set import Format, SampleSet, provenance, stem, verify
+from pipeline.data.shards.seeds import parse_seeds, seeds_text
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
