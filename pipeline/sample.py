@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from pipeline.config import SamplingOptions
 from pipeline.data.images import preprocess, video
 from pipeline.data.images.contact_sheet import grid
 from pipeline.data.shards import sample_set
+from pipeline.data.shards.committed import CommittedSeeds
 from pipeline.data.shards.sample_set import SampleSet
 from pipeline.errors import Stopped
 from pipeline.monitoring.environment import environment
@@ -77,6 +78,7 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
                 shard_samples,
                 provenance(generator, options, request.format, shard_samples),
                 environment(generator.device) | {"threads": torch.get_num_threads()},
+                asked=request.seeds,
             )
         )
         drawing = _Drawing(request, generator, options, target, interrupt, quiet or rank > 0)
@@ -102,36 +104,46 @@ class _Drawing:
     quiet: bool
 
     def draw_shards(self, target: SampleSet) -> dict[str, Any]:
-        """Draw this process's shards, except those that an earlier start or another process has finished."""
-        target.check()
+        """Draw this process's shards, except those that an earlier start or another process has finished.
+
+        The progress is that of the whole set.
+        """
         generator, seeds, options, images = self.generator, self.request.seeds, self.options, self.request.images
+        committed = CommittedSeeds(target, seeds, target.check())
         process, data, count = process_rank(), generator.config.data, 0
         shards = _in_turn(target.numbers(seeds), process.rank, process.size)
-        share = sum(len(target.seeds_in(i, seeds)) for i in shards)
-        with Progress(share, "sampling", unit="images", quiet=self.quiet) as progress:
+        done = committed.count
+        with Progress(images, "sampling", unit="images", done=done, quiet=self.quiet, steady=True) as progress:
             if process.size > 1:
+                share = sum(len(target.seeds_in(i, seeds)) for i in shards)
                 progress.info(f"process {process.rank} of {process.size}: its share is {share} of {images} images")
             if images < options.batch // 2:
                 progress.info(f"{images} of the {options.batch} slots of a batch used; --batch {images} is "
                              "faster, but the last bits of the images may differ")  # fmt: skip
-            check_stop = _watch(self.interrupt, progress)
+
+            def show_count() -> None:
+                committed.look()
+                progress.set_done(committed.count)
+
+            check_stop = _watch(self.interrupt, progress, show_count)
             for i in shards:
                 requested, stored = target.seeds_in(i, seeds), target.committed(i)
-                if known := stored.intersection(requested):
-                    progress.advance(len(known))
+                committed.note(i, stored)
                 if not stored.issuperset(requested):
                     members = sorted(stored.union(requested))
-                    drawn = _counted(generator.images(members, options, check_stop), progress, already=stored)
+                    drawn = committed.counted(i, generator.images(members, options, check_stop))
                     target.write(i, drawn, generator.labels(members, options))
+                    committed.note(i, members)
                     count += len(members)
+                show_count()
             complete = target.finish(
                 seeds,
                 size=options.height_width or data.height_width,
                 channels=data.channels,
                 classes=generator.class_names,
             )
-            progress.info(f"{count} images drawn, {images} asked for: {target.url}"
-                         + ("" if complete else " (other processes are still at work)"))  # fmt: skip
+            progress.info(f"{count} images drawn, {images} asked for: {target.url}" + ("" if complete else
+                         f" ({committed.count} are there, other processes are still at work)"))  # fmt: skip
         return {"drawn": count, "complete": complete}
 
     def draw_grid(self, path: str) -> None:
@@ -187,7 +199,9 @@ def _in_turn(shards: list[int], rank: int, world_size: int) -> list[int]:
     return share
 
 
-def _watch(interrupt: Interrupt, progress: Progress) -> Callable[[], None]:
+def _watch(
+    interrupt: Interrupt, progress: Progress, show_count: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
     """A function to call before each pass through the network: it raises `Stopped` on request, and reports progress."""
     passes = 0
 
@@ -197,20 +211,18 @@ def _watch(interrupt: Interrupt, progress: Progress) -> Callable[[], None]:
             raise Stopped(
                 f"stop requested ({interrupt.requested}): finished shards stay; the same command continues from there"
             )
+        show_count()
         progress.show_alive(f"network pass {passes}")
         passes += 1
 
     return check_stop
 
 
-def _counted(
-    images: Iterable[tuple[int, _T]], progress: Progress, already: Collection[int] = ()
-) -> Iterator[tuple[int, _T]]:
-    """The same images; each one advances the progress, unless its seed is in `already`."""
+def _counted(images: Iterable[tuple[int, _T]], progress: Progress) -> Iterator[tuple[int, _T]]:
+    """The same images; each one advances the progress."""
     for seed, image in images:
         yield seed, image
-        if seed not in already:
-            progress.advance()
+        progress.advance()
 
 
 if __name__ == "__main__":

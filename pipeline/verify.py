@@ -59,13 +59,20 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
             return _verify_checkpoint(path)
         if is_run:
             return verify_checkpoints(path, each)
-        if "index.json" in names or any(name.endswith(".tar") for name in names):
+        has_tars = "index.json" in names or any(name.endswith(".tar") for name in names)
+        if _is_checked_by_records(path, names, has_tars=has_tars):
+            return sample_set.verify(path, each)
+        if has_tars:
             return verify_shards.verify(
                 path, partial(_in_parallel, interrupt=interrupt, check_stop=check_stop, quiet=quiet)
             )
-        if any(sample_set.RECORD.fullmatch(name) for name in names):
-            return sample_set.verify(path, each)
     raise ConfigError(f"{path} is neither a shard set, a sample set, a run nor a checkpoint: give one of these")
+
+
+def _is_checked_by_records(path: str, names: Sequence[str], *, has_tars: bool) -> bool:
+    """Whether a directory is a set of samples that its index, if it has one, does not describe completely."""
+    is_sample_set = any(sample_set.RECORD.fullmatch(name) for name in names)
+    return is_sample_set and (not has_tars or sample_set.is_unfinished(path))
 
 
 def _verify_checkpoint(path: str) -> list[str]:

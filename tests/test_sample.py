@@ -148,17 +148,17 @@ def test_progress_counts_each_requested_image_once(
 ) -> None:
     class Watched(Progress):
         def __exit__(self, *error: Any) -> None:
-            shown.append((self._job, self._done, self._total))
+            shown.append((self._job, self._first, self._done, self._total))
             super().__exit__(*error)
 
-    shown: list[tuple[str, int, int]] = []
+    shown: list[tuple[str, int, int, int]] = []
     monkeypatch.setattr(job, "Progress", Watched)
     for seeds in ("0-9", "2-13", "0-13", "0-13"):  # extends a shard at both ends
         draw(seeds, out=tmp_path / "set", shard_samples=8)
-    assert shown == [("sampling", total, total) for total in (10, 12, 14, 14)]
+    assert shown == [("sampling", there, total, total) for there, total in ((0, 10), (8, 12), (14, 14), (14, 14))]
     assert verify(str(tmp_path / "set"), quiet=True) == []
     draw("0-8", grid=tmp_path / "g.png", video=tmp_path / "v.mp4")
-    assert shown[4:] == [("drawing the grid", 9, 9), ("drawing the video", 5, 5)]
+    assert shown[4:] == [("drawing the grid", 0, 9, 9), ("drawing the video", 0, 5, 5)]
 
 
 @pytest.mark.parametrize(
