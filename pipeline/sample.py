@@ -32,14 +32,18 @@ from pipeline.errors import Stopped
 from pipeline.monitoring.environment import environment
 from pipeline.monitoring.progress import Progress
 from pipeline.sampling import generator as generators
+from pipeline.sampling import image_start
 from pipeline.sampling.generator import Generator
-from pipeline.sampling.options import SamplingRequest, choose, provenance
+from pipeline.sampling.options import DEFAULT_STRENGTH, SamplingRequest, choose, provenance
 from pipeline.storage import files
 
 SHOWN = 100
 """Maximum number of images in a grid or a video: the first ones of the requested seeds."""
 VIDEO_FRAMES = 120
 """Maximum number of frames of a video before its last one."""
+
+TRAJECTORY_ROWS, TRAJECTORY_COLUMNS = 8, 11
+"""Maximum numbers of seeds and of images of each in a sheet of trajectories."""
 
 _T = TypeVar("_T")
 
@@ -52,7 +56,8 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
         quiet: show nothing but warnings.
 
     Returns:
-        `images` requested, `drawn` by this process, `complete`, `seconds`, and the outputs `out`, `grid`, `video`.
+        `images` requested, `drawn` by this process, `complete`, `seconds`, and the outputs `out`, `grid`, `video`,
+        `trajectory`.
 
     Raises:
         ConfigError: the request does not fit the model, or the output holds something else.
@@ -62,10 +67,15 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
     """
     with Interrupt() as interrupt:
         request.check_outputs()
+        request.check_start()
         generator = generators.load(request.source, _device(), ema=request.ema, guide=request.guide)
         begun = sample_set.provenance(request.out) if request.out else {}
         rank = process_rank().rank
         options, shard_samples = choose(request, generator, begun, quiet=quiet)
+        if request.from_image:
+            data, strength = generator.config.data, request.strength or DEFAULT_STRENGTH
+            size = options.height_width or data.height_width
+            generator = generator.starting_at(image_start.read(request.from_image, strength, size, data.channels))
         started = time.monotonic()
         if rank == 0 and (line := generator.advice(options)):
             messages.warning(line)
@@ -85,16 +95,15 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
         result = {"images": request.images, "drawn": 0, "complete": True, "out": request.out}
         if target:
             result |= drawing.draw_shards(target)
-        if request.grid and rank == 0:
-            drawing.draw_grid(request.grid)
-        if request.video and rank == 0:
-            drawing.draw_video(request.video)
-        return result | {"grid": request.grid, "video": request.video, "seconds": round(time.monotonic() - started, 3)}
+        if rank == 0:
+            drawing.draw_sheets()
+        written = {name: getattr(request, name) for name in ("grid", "video", "trajectory")}
+        return result | written | {"seconds": round(time.monotonic() - started, 3)}
 
 
 @dataclass(frozen=True)
 class _Drawing:
-    """The three outputs of a request."""
+    """The outputs of a request."""
 
     request: SamplingRequest
     generator: Generator
@@ -146,6 +155,19 @@ class _Drawing:
                          f" ({committed.count} are there, other processes are still at work)"))  # fmt: skip
         return {"drawn": count, "complete": complete}
 
+    def draw_sheets(self) -> None:
+        """Write the files that are requested beside the sample set."""
+        request = self.request
+        if request.interpolate:
+            self.draw_interpolation(request.interpolate)
+            return
+        if request.grid:
+            self.draw_grid(request.grid)
+        if request.video:
+            self.draw_video(request.video)
+        if request.trajectory:
+            self.draw_trajectories(request.trajectory)
+
     def draw_grid(self, path: str) -> None:
         """Write a sheet of the first images; those in the sample set are read instead of drawn."""
         shown = self.target.read(self._first, self.generator.config.data.channels) if self.target else {}
@@ -159,7 +181,7 @@ class _Drawing:
 
     def draw_video(self, path: str) -> None:
         """Write a video of the denoising of the first images."""
-        steps = self.options.steps or 1
+        steps = self.generator.steps(self.options)
         count = -(-steps // -(-steps // VIDEO_FRAMES)) + 1
         with Progress(count, "drawing the video", unit="frames", quiet=self.quiet) as progress:
             check_stop = _watch(self.interrupt, progress)
@@ -167,6 +189,31 @@ class _Drawing:
             frames = (grid(images) for _, images in _counted(enumerate(denoising), progress))
             files.write_bytes(path, video.encode(frames, video.kind(path)))
             progress.info(f"video of their denoising: {path}")
+
+    def draw_trajectories(self, path: str) -> None:
+        """Write a sheet of the first seeds: a row each, from noise to image."""
+        with Progress(1, "drawing the trajectories", unit="sheets", quiet=self.quiet) as progress:
+            seeds, check_stop = self._first[:TRAJECTORY_ROWS], _watch(self.interrupt, progress)
+            rows = self.generator.trajectories(seeds, self.options, TRAJECTORY_COLUMNS, check_stop)
+            sheet = grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
+            files.write_bytes(path, preprocess.encode(sheet, "png"))
+            progress.advance()
+            progress.info(f"trajectories of {len(rows)} seeds: {path}")
+
+    def draw_interpolation(self, count: int) -> None:
+        """Write the images between the two seeds: a grid of one row, a video, or both."""
+        request, (first, last) = self.request, self._first
+        with Progress(count, "interpolating", unit="images", quiet=self.quiet) as progress:
+            check_stop = _watch(self.interrupt, progress)
+            between = self.generator.between(first, last, self.options, count, check_stop)
+            images = np.stack([image for _, image in _counted(enumerate(between), progress)])
+            if request.grid:
+                files.write_bytes(request.grid, preprocess.encode(grid(images, columns=count), "png"))
+            if request.video:
+                frames = (grid(image[None]) for image in images)
+                files.write_bytes(request.video, video.encode(frames, video.kind(request.video)))
+            paths = ", ".join(path for path in (request.grid, request.video) if path)
+            progress.info(f"{count} images from seed {first} to seed {last}: {paths}")
 
     @cached_property
     def _first(self) -> list[int]:

@@ -80,16 +80,17 @@ def test_a_diffusers_scheduler_is_honoured_step_by_step(
     assert (ours.config.sample.variance, ours.config.train.precision) == (variance, "fp32")
     assert ours._process.clip == clip
     options = ours.config.sample.model_copy(update={"batch": 2, "steps": 1000})
-    steps = ours._trajectory(range(2), options, lambda: None)
+    states = ours._trajectory(range(2), options, lambda: None)
+    next(states)  # the noise
 
     unet = UNet2DModel.from_pretrained(tmp_path / "unet")
     x = generator.keyed_random.normals(0, torch.arange(2), generator.Use.SAMPLE_START, (3, 8, 8))
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        for t, step in zip(range(999, 994, -1), steps):
+        for t, state in zip(range(999, 994, -1), states):
             noise = generator.keyed_random.normals(0, torch.arange(2), generator.Use.SAMPLE_STEP, (3, 8, 8), step=t)
             patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, noise=noise, **__: noise)
             x = scheduler.step(unet(x, t).sample, t, x).prev_sample
-            assert torch.allclose(step.x, x, atol=2e-4), t
+            assert torch.allclose(state, x, atol=2e-4), t
 
 
 @pytest.mark.parametrize(
