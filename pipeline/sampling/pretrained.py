@@ -139,6 +139,33 @@ def with_classes(model: Pretrained, names: Sequence[str], what: str) -> Pretrain
     )
 
 
+def load_weights(source: str, config: Config, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """EMA weights of a run, a checkpoint or a diffusers directory, for the network that `config` describes.
+
+    Args:
+        source: the model.
+        config: configuration of the new run.
+        names: class names of the new run, by number; the classes of the model are matched with them.
+
+    Raises:
+        ConfigError: the source has another network; the message names the settings that differ.
+    """
+    model = read(source, ema=True)
+    if names and config.model.num_classes and model.config.model.num_classes:
+        model = with_classes(model, names, f"train.init_from {source}")
+    if different := different_networks(model.config, config):
+        raise ConfigError(
+            f"train.init_from {source} is another network ({listed_differences(different)}): set these keys alike"
+        )
+    check_weights(model, source)
+    return model.weights
+
+
+def norm_groups(source: str) -> int:
+    """Groups of each GroupNorm in the network of a run, a checkpoint or a diffusers directory; raises as `read`."""
+    return read(source, ema=True).config.model.groups
+
+
 def different_networks(there: Config, here: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that give equal weights a different meaning: key → (first value, second value)."""
     harmless = ("model.dropout", "model.label_dropout", "model.attention_sizes", "model.norm_groups")
