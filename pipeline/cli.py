@@ -40,6 +40,10 @@ _INTERPOLATE = (
     "Draw N images from seed A to seed B of --seeds A,B, all of the class of A, into --grid (one row) or --video; for "
     "samplers without noise."
 )
+_EMA_LENGTH = (
+    "Use an average of the weights of this length instead of the run's own: its width relative to the run, such as 0.08 "
+    "(σ_rel); for runs with run.ema_snapshot_every."
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -280,6 +284,7 @@ def sample(
     ema: Annotated[
         bool, typer.Option("--ema/--no-ema", help="Use the averaged weights, or those of the last training step.")
     ] = True,
+    ema_length: Annotated[float | None, typer.Option(metavar="LENGTH", help=_EMA_LENGTH)] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -299,7 +304,8 @@ def sample(
     request = SamplingRequest(
         source, parse_seeds(seeds), {key: value for key, value in options.items() if value is not None}, out=out,
         format=format, shard_samples=shard_samples, grid=grid, video=video, trajectory=trajectory,
-        from_image=from_image, strength=strength, interpolate=interpolate, ema=ema, guide=guide,
+        from_image=from_image, strength=strength, interpolate=interpolate, ema=ema, ema_length=ema_length,
+        guide=guide,
     )  # fmt: skip
     result = job.sample(request, quiet=quiet)
     if as_json:

@@ -68,7 +68,9 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
     with Interrupt() as interrupt:
         request.check_outputs()
         request.check_start()
-        generator = generators.load(request.source, _device(), ema=request.ema, guide=request.guide)
+        generator = generators.load(
+            request.source, _device(), ema=request.ema, ema_length=request.ema_length, guide=request.guide
+        )
         begun = sample_set.provenance(request.out) if request.out else {}
         rank = process_rank().rank
         options, shard_samples = choose(request, generator, begun, quiet=quiet)

@@ -140,7 +140,7 @@ def _loop(
         stops_early = vote.stop and state.step < last_step
         if not stops_early:
             _validate(trainer, validation, log, phase)
-        if vote.stop or log.due("checkpoint", "keep"):
+        if vote.stop or log.due("checkpoint", "keep", "ema_snapshot"):
             with phase("saving"):
                 _save(trainer, shards, log, lease, wait=bool(vote.stop) or state.step == last_step)
         if stops_early:

@@ -8,6 +8,7 @@ from contextlib import closing
 from functools import partial
 from typing import TypeVar
 
+from pipeline.checkpoints import ema_snapshots
 from pipeline.checkpoints.checkpoint import find_checkpoint, verify_checkpoints
 from pipeline.checkpoints.run_dir import RunDir
 from pipeline.cluster.interrupt import Interrupt
@@ -58,7 +59,7 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
         if "manifest.json" in names:
             return _verify_checkpoint(path)
         if is_run:
-            return verify_checkpoints(path, each)
+            return [*verify_checkpoints(path, each), *ema_snapshots.verify(path)]
         has_tars = "index.json" in names or any(name.endswith(".tar") for name in names)
         if _is_checked_by_records(path, names, has_tars=has_tars):
             return sample_set.verify(path, each)

@@ -52,6 +52,7 @@ class Generator:
         device: where to draw.
         sha256: identifies the weights; recorded in sample sets.
         ema: whether the weights are the averaged ones; recorded in sample sets.
+        ema_length: of another average than the run's own, which the weights are; recorded in sample sets.
         class_names: by number; None if they are not known. Recorded in sample sets.
         guide: a worse network, which guides this one away from itself (autoguidance).
         guide_sha256: identifies the guide; recorded in sample sets.
@@ -66,11 +67,12 @@ class Generator:
         *,
         sha256: str = "",
         ema: bool = True,
+        ema_length: float | None = None,
         class_names: Sequence[str] | None = None,
         guide: UNet | None = None,
         guide_sha256: str | None = None,
     ) -> None:
-        self.config, self.device, self.ema = config, device, ema
+        self.config, self.device, self.ema, self.ema_length = config, device, ema, ema_length
         self.sha256, self.guide_sha256 = sha256, guide_sha256
         self.start: ImageStart | None = None
         names = class_names or [str(number) for number in range(config.model.num_classes)]
@@ -296,13 +298,21 @@ def _to_numpy(x: Tensor) -> NDArray[np.uint8]:
     return samplers.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def load(source: str, device: torch.device, *, ema: bool = True, guide: str | None = None) -> Generator:
+def load(
+    source: str,
+    device: torch.device,
+    *,
+    ema: bool = True,
+    ema_length: float | None = None,
+    guide: str | None = None,
+) -> Generator:
     """A generator from a run, a checkpoint or a diffusers directory.
 
     Args:
         source: the model.
         device: where to draw.
         ema: use the averaged weights.
+        ema_length: of the average to use instead of the run's own; the guide keeps its own.
         guide: a worse model of the same kind, for autoguidance.
 
     Raises:
@@ -311,7 +321,7 @@ def load(source: str, device: torch.device, *, ema: bool = True, guide: str | No
         NoCheckpoint: the run holds no valid checkpoint.
     """
     set_torch_flags()
-    model = read(source, ema=ema)
+    model = read(source, ema=ema, ema_length=ema_length)
     process = DiffusionProcess.of(model.config.diffusion, clip=model.clip).to(device)
     other = None
     if guide is not None:
@@ -326,6 +336,7 @@ def load(source: str, device: torch.device, *, ema: bool = True, guide: str | No
         device,
         sha256=model.identity,
         ema=ema,
+        ema_length=ema_length,
         class_names=model.class_names,
         guide=_network(other, guide, device) if guide and other else None,
         guide_sha256=other.identity if other else None,

@@ -13,6 +13,7 @@ from pipeline.data.images import video
 from pipeline.data.shards.sample_set import Format
 from pipeline.diffusion.spacing import SAMPLER_KEYS, best_sampler
 from pipeline.errors import ConfigError
+from pipeline.model.posthoc_ema import check_length
 from pipeline.sampling.generator import Generator
 from pipeline.sampling.image_start import check_strength
 from pipeline.solvers import SAMPLERS
@@ -51,6 +52,8 @@ class SamplingRequest:
     """Draw this number of images between the two seeds instead of the seeds themselves."""
     ema: bool = True
     """Use the averaged weights."""
+    ema_length: float | None = None
+    """Length σ_rel of an average to use instead of the run's own."""
     guide: str | None = None
     """A worse model, for autoguidance."""
 
@@ -81,11 +84,15 @@ class SamplingRequest:
             video.check(self.video)
 
     def check_start(self) -> None:
-        """Check what the images start from.
+        """Check the weights, and what the images start from.
 
         Raises:
-            ConfigError: the strength is out of range or changes nothing, or an interpolation is not possible.
+            ConfigError: a length or strength is out of range or changes nothing, or an interpolation is not possible.
         """
+        if self.ema_length is not None:
+            check_length(self.ema_length, "--ema-length")
+            if not self.ema:
+                raise ConfigError("--no-ema and --ema-length exclude each other: drop one")
         if self.strength is not None:
             check_strength(self.strength)
             if not self.from_image:
@@ -283,6 +290,7 @@ def provenance(generator: Generator, options: SamplingOptions, format: Format, s
         "guidance_interval": list(options.guidance_interval or ()) or None if options.guidance != 1 else None,
         "dynamic_threshold": options.dynamic_threshold,
         "guide_sha256": generator.guide_sha256,
+        "ema_length": generator.ema_length,
         "from_sha256": generator.start.sha256 if generator.start else None,
         "strength": generator.start.strength if generator.start else None,
     }
