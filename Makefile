@@ -38,8 +38,9 @@ test: $(VENV)/ready  ## many tests wait more than they compute
 quick: $(VENV)/ready  ## under two minutes on 2 cores: no test file of tests/conftest.py's LONG, but one run from images to samples
 	$(PYTEST) --quick
 
-soak: $(VENV)/ready  ## 30 SIGKILLs over one run of 3 ranks; a quarter of an hour
+soak: $(VENV)/ready  ## 30 SIGKILLs over one run of 3 ranks, and over 3 processes that draw one sample set; half an hour
 	DDPM_KILLS=30 $(BIN)/python -m pytest -s --timeout 3600 tests/laws/test_exact_resume.py -k killed_at_any_moment
+	DDPM_SEEDS=5000 DDPM_KILLS=30 $(BIN)/python -m pytest -s --timeout 3600 tests/laws/test_seed_identity.py -k killed_at_random
 
 fuzz: $(VENV)/ready  ## a minute for each parser of foreign bytes; what it finds lands in tests/fuzz/corpus
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'

@@ -33,12 +33,23 @@ ImageExt = Annotated[str | None, typer.Option(metavar="EXT[,EXT...]", help="Exte
 ConfigFile = Annotated[str, typer.Option(metavar="C.yaml", help="Configuration of the run, a YAML file.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[key=value...]", help="Settings that replace those of the file, such as train.lr=1e-4.")]  # fmt: skip
 Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: one for each CPU core. The result does not depend on it.")]  # fmt: skip
+_STRENGTH = (
+    "With --from: share of the schedule's noise to add, above 0 (the image itself) to 1 (a new image). Default: 0.5."
+)
+_INTERPOLATE = (
+    "Draw N images from seed A to seed B of --seeds A,B, all of the class of A, into --grid (one row) or --video; for "
+    "samplers without noise."
+)
+_EMA_LENGTH = (
+    "Use an average of the weights of this length instead of the run's own: its width relative to the run, such as 0.08 "
+    "(σ_rel); for runs with run.ema_snapshot_every."
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
-def _path(metavar: str, help: str) -> Any:
+def _path(metavar: str, help: str, *names: str) -> Any:
     """An option that is a path or URL."""
-    return typer.Option(callback=arguments.expand_homes, metavar=metavar, help=help)
+    return typer.Option(*names, callback=arguments.expand_homes, metavar=metavar, help=help)
 
 
 def _sampling(key: str, *names: str, **options: Any) -> Any:
@@ -261,9 +272,19 @@ def sample(
     video: Annotated[
         str | None, _path("FILE.mp4", "Also write a video of how the first images emerge from noise.")
     ] = None,
+    trajectory: Annotated[
+        str | None, _path("FILE.png", "Also write a sheet of the first 8 seeds, a row each, from noise to image.")
+    ] = None,
+    from_image: Annotated[
+        str | None,
+        _path("IMAGE", "Start from this image with noise added (SDEdit): a variation for each seed.", "--from"),
+    ] = None,
+    strength: Annotated[float | None, typer.Option(metavar="S", help=_STRENGTH)] = None,
+    interpolate: Annotated[int | None, typer.Option(min=2, metavar="N", help=_INTERPOLATE)] = None,
     ema: Annotated[
         bool, typer.Option("--ema/--no-ema", help="Use the averaged weights, or those of the last training step.")
     ] = True,
+    ema_length: Annotated[float | None, typer.Option(metavar="LENGTH", help=_EMA_LENGTH)] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -272,7 +293,7 @@ def sample(
     Options from --sampler to --size that are not given are those of the sample set if it was begun, else of the run.
     """
     from pipeline import sample as job
-    from pipeline.data.shards.sample_set import parse_seeds
+    from pipeline.data.shards.seeds import parse_seeds
     from pipeline.sampling.options import SamplingRequest
 
     options = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing,
@@ -282,7 +303,9 @@ def sample(
                "size": arguments.size(size) if size else None}  # fmt: skip
     request = SamplingRequest(
         source, parse_seeds(seeds), {key: value for key, value in options.items() if value is not None}, out=out,
-        format=format, shard_samples=shard_samples, grid=grid, video=video, ema=ema, guide=guide,
+        format=format, shard_samples=shard_samples, grid=grid, video=video, trajectory=trajectory,
+        from_image=from_image, strength=strength, interpolate=interpolate, ema=ema, ema_length=ema_length,
+        guide=guide,
     )  # fmt: skip
     result = job.sample(request, quiet=quiet)
     if as_json:

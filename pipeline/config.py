@@ -27,6 +27,9 @@ from pipeline.solvers import SamplerName, Spacing
 from pipeline.units import Duration, EpochCounter, Length, PositiveLength, Size
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+MAX_EMA_LENGTH = 0.28
+"""Largest σ_rel of a power-function average; that of a constant profile is 0.289."""
+EmaLength = Annotated[float, Field(ge=0.005, le=MAX_EMA_LENGTH)]
 FixedVariance = Literal["fixed_large", "fixed_small"]
 
 
@@ -195,6 +198,9 @@ class TrainSection(Section):
     ema_device: Literal["same", "cpu"] = "same"
     """Device of the averaged weights: same as the model, or cpu (8 bytes a weight) to save GPU memory. The CPU updates
     them while the GPU computes the next gradient; their last bits may differ."""
+    ema_lengths: Annotated[tuple[EmaLength, ...], Field(min_length=1)] = (0.05, 0.1)
+    """Lengths σ_rel of the power-function averages that run.ema_snapshot_every stores, relative to the run (Karras et
+    al. 2024, arXiv:2312.02696)."""
     init_from: str | None = None
     """Start a new run from the EMA weights of a run, a checkpoint or a diffusers directory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -261,6 +267,9 @@ class RunSection(Section):
     """Number of newest checkpoints to keep."""
     keep_every: Length = 0
     """Checkpoints at multiples of this are kept forever; 0: only the newest are kept."""
+    ema_snapshot_every: Length = 0
+    """Steps between snapshots of the averages of train.ema_lengths, from which `ddpm sample --ema-length` makes an
+    average of any length; at least 16 snapshots in a run. 0: none; it cannot be turned on later."""
     preview_every: Length = 5000
     """Steps between preview grids, drawn with EMA weights from fixed seeds; 0: no previews."""
     preview_samples: PositiveInt = 64
@@ -340,6 +349,8 @@ class Config(Section):
             yield f"train.global_batch {batch} is not a multiple of data.lanes {lanes}: change one of them"
         if micro != "auto" and batch % micro:
             yield f"train.global_batch {batch} is not a multiple of train.micro_batch {micro}: change one of them"
+        if len(set(self.train.ema_lengths)) < len(self.train.ema_lengths):
+            yield f"train.ema_lengths {list(self.train.ema_lengths)} has a length twice: drop one"
         if self.train.lr_stages and self.train.lr_schedule != "constant":
             yield f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} exclude each other: drop one"
 

@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.data.loading.order import allowed_worlds, default_lanes
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.errors import ConfigError
+from pipeline.model.posthoc_ema import PowerAverages
 from pipeline.model.unet import UNet
 from pipeline.monitoring.flops import PEAK_TFLOP_PER_S
 from pipeline.training import micro_batch
@@ -42,7 +43,8 @@ def plan(config: Config, samples: int | None = None) -> dict[str, Any]:
 
     Returns:
         `parameters`, `global_batch`, `lanes`, `world_sizes` (allowed numbers of ranks), `checkpoint_bytes`,
-        `samples_bytes_at_most` (of 1,000 samples as tars of PNGs), and `lengths` (key → steps) if `samples` is given.
+        `ema_snapshot_bytes` (0 if there are none), `samples_bytes_at_most` (of 1,000 samples as tars of PNGs), and
+        `lengths` (key → steps) if `samples` is given.
 
     Raises:
         ConfigError: the network cannot be built with this configuration, or a length is 0 steps.
@@ -56,7 +58,8 @@ def plan(config: Config, samples: int | None = None) -> dict[str, Any]:
         "global_batch": config.train.global_batch,
         "lanes": lanes,
         "world_sizes": [ranks for ranks in allowed_worlds(lanes) if _can_share(config, ranks)],
-        "checkpoint_bytes": _checkpoint_bytes(network),
+        "checkpoint_bytes": _checkpoint_bytes(network, config),
+        "ema_snapshot_bytes": _averages_bytes(network, config, torch.float16),
         "samples_bytes_at_most": SAMPLES * _sample_bytes(config),
     }
     if samples is not None:
@@ -113,11 +116,13 @@ def on_a_gpu(
 
 def as_text(figures: dict[str, Any]) -> str:
     """The results of `plan` and `on_a_gpu` as text tables."""
+    snapshot = figures["ema_snapshot_bytes"]
     rows = {
         "parameters": f"{figures['parameters']:,}",
         "global batch": f"{figures['global_batch']}, in {figures['lanes']} lanes",
         "processes": ", ".join(map(str, figures["world_sizes"])),
         "a checkpoint": f"{figures['checkpoint_bytes'] / 2**20:,.1f} MiB",
+        **({"a snapshot of averages": f"{snapshot / 2**20:,.1f} MiB"} if snapshot else {}),
         f"{SAMPLES:,} samples": f"at most {figures['samples_bytes_at_most'] / 2**20:,.1f} MiB",
     }
     rows |= {key: f"{value:,}" for key, value in figures.get("lengths", {}).items()}
@@ -182,14 +187,27 @@ def _can_share(config: Config, ranks: int) -> bool:
     return micro == "auto" or config.train.global_batch // ranks % micro == 0
 
 
-def _checkpoint_bytes(network: torch.nn.Module) -> int:
-    """Bytes of the three tensor files; the other files have a few kilobytes."""
+def _checkpoint_bytes(network: torch.nn.Module, config: Config) -> int:
+    """Bytes of the tensor files; the other files have a few kilobytes."""
     weights = network.state_dict()
     optimizer: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
         optimizer |= {f"exp_avg.{name}": parameter, f"exp_avg_sq.{name}": parameter, f"step.{name}": torch.empty(())}
     # The buffer of a TensorFile is never written, so it takes address space but no memory.
-    return sum(len(piece) for part in (weights, weights, optimizer) for piece in TensorFile(part).pieces())
+    parts = (weights, weights, optimizer)
+    return sum(map(_file_bytes, parts)) + _averages_bytes(network, config, torch.float32)
+
+
+def _averages_bytes(network: torch.nn.Module, config: Config, dtype: torch.dtype) -> int:
+    """Bytes of a file with the averages of `train.ema_lengths`; 0 if they are not tracked."""
+    if not config.run.ema_snapshot_every:
+        return 0
+    averages = PowerAverages(network, config.train.ema_lengths).tensors()
+    return _file_bytes({name: tensor.to(dtype) for name, tensor in averages.items()})
+
+
+def _file_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(map(len, TensorFile(tensors).pieces()))
 
 
 def _sample_bytes(config: Config) -> int:

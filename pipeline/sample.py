@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -25,19 +25,24 @@ from pipeline.config import SamplingOptions
 from pipeline.data.images import preprocess, video
 from pipeline.data.images.contact_sheet import grid
 from pipeline.data.shards import sample_set
+from pipeline.data.shards.committed import CommittedSeeds
 from pipeline.data.shards.sample_set import SampleSet
 from pipeline.errors import Stopped
 from pipeline.monitoring.environment import environment
 from pipeline.monitoring.progress import Progress
 from pipeline.sampling import generator as generators
+from pipeline.sampling import image_start
 from pipeline.sampling.generator import Generator
-from pipeline.sampling.options import SamplingRequest, choose, provenance
+from pipeline.sampling.options import DEFAULT_STRENGTH, SamplingRequest, choose, provenance
 from pipeline.storage import files
 
 SHOWN = 100
 """Maximum number of images in a grid or a video: the first ones of the requested seeds."""
 VIDEO_FRAMES = 120
 """Maximum number of frames of a video before its last one."""
+
+TRAJECTORY_ROWS, TRAJECTORY_COLUMNS = 8, 11
+"""Maximum numbers of seeds and of images of each in a sheet of trajectories."""
 
 _T = TypeVar("_T")
 
@@ -50,7 +55,8 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
         quiet: show nothing but warnings.
 
     Returns:
-        `images` requested, `drawn` by this process, `complete`, `seconds`, and the outputs `out`, `grid`, `video`.
+        `images` requested, `drawn` by this process, `complete`, `seconds`, and the outputs `out`, `grid`, `video`,
+        `trajectory`.
 
     Raises:
         ConfigError: the request does not fit the model, or the output holds something else.
@@ -60,10 +66,17 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
     """
     with Interrupt() as interrupt:
         request.check_outputs()
-        generator = generators.load(request.source, own_device(), ema=request.ema, guide=request.guide)
+        request.check_start()
+        generator = generators.load(
+            request.source, own_device(), ema=request.ema, ema_length=request.ema_length, guide=request.guide
+        )
         begun = sample_set.provenance(request.out) if request.out else {}
         rank = process_rank().rank
         options, shard_samples = choose(request, generator, begun, quiet=quiet)
+        if request.from_image:
+            data, strength = generator.config.data, request.strength or DEFAULT_STRENGTH
+            size = options.height_width or data.height_width
+            generator = generator.starting_at(image_start.read(request.from_image, strength, size, data.channels))
         started = time.monotonic()
         if rank == 0 and (line := generator.advice(options)):
             messages.warning(line)
@@ -76,22 +89,22 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
                 shard_samples,
                 provenance(generator, options, request.format, shard_samples),
                 environment(generator.device) | {"threads": torch.get_num_threads()},
+                asked=request.seeds,
             )
         )
         drawing = _Drawing(request, generator, options, target, interrupt, quiet or rank > 0)
         result = {"images": request.images, "drawn": 0, "complete": True, "out": request.out}
         if target:
             result |= drawing.draw_shards(target)
-        if request.grid and rank == 0:
-            drawing.draw_grid(request.grid)
-        if request.video and rank == 0:
-            drawing.draw_video(request.video)
-        return result | {"grid": request.grid, "video": request.video, "seconds": round(time.monotonic() - started, 3)}
+        if rank == 0:
+            drawing.draw_sheets()
+        written = {name: getattr(request, name) for name in ("grid", "video", "trajectory")}
+        return result | written | {"seconds": round(time.monotonic() - started, 3)}
 
 
 @dataclass(frozen=True)
 class _Drawing:
-    """The three outputs of a request."""
+    """The outputs of a request."""
 
     request: SamplingRequest
     generator: Generator
@@ -101,37 +114,60 @@ class _Drawing:
     quiet: bool
 
     def draw_shards(self, target: SampleSet) -> dict[str, Any]:
-        """Draw this process's shards, except those that an earlier start or another process has finished."""
-        target.check()
+        """Draw this process's shards, except those that an earlier start or another process has finished.
+
+        The progress is that of the whole set.
+        """
         generator, seeds, options, images = self.generator, self.request.seeds, self.options, self.request.images
+        committed = CommittedSeeds(target, seeds, target.check())
         process, data, count = process_rank(), generator.config.data, 0
         shards = in_turn(target.numbers(seeds), process)
-        share = sum(len(target.seeds_in(i, seeds)) for i in shards)
-        with Progress(share, "sampling", unit="images", quiet=self.quiet) as progress:
+        done = committed.count
+        with Progress(images, "sampling", unit="images", done=done, quiet=self.quiet, steady=True) as progress:
             if process.size > 1:
+                share = sum(len(target.seeds_in(i, seeds)) for i in shards)
                 progress.info(f"process {process.rank} of {process.size}: its share is {share} of {images} images")
             if images < options.batch // 2:
                 progress.info(f"{images} of the {options.batch} slots of a batch used; --batch {images} is "
                              "faster, but the last bits of the images may differ")  # fmt: skip
-            check_stop = _watch(self.interrupt, progress)
+
+            def show_count() -> None:
+                committed.look()
+                progress.set_done(committed.count)
+
+            check_stop = _watch(self.interrupt, progress, show_count)
             for i in shards:
                 requested, stored = target.seeds_in(i, seeds), target.committed(i)
-                if known := stored.intersection(requested):
-                    progress.advance(len(known))
+                committed.note(i, stored)
                 if not stored.issuperset(requested):
                     members = sorted(stored.union(requested))
-                    drawn = _counted(generator.images(members, options, check_stop), progress, already=stored)
+                    drawn = committed.counted(i, generator.images(members, options, check_stop))
                     target.write(i, drawn, generator.labels(members, options))
+                    committed.note(i, members)
                     count += len(members)
+                show_count()
             complete = target.finish(
                 seeds,
                 size=options.height_width or data.height_width,
                 channels=data.channels,
                 classes=generator.class_names,
             )
-            progress.info(f"{count} images drawn, {images} asked for: {target.url}"
-                         + ("" if complete else " (other processes are still at work)"))  # fmt: skip
+            progress.info(f"{count} images drawn, {images} asked for: {target.url}" + ("" if complete else
+                         f" ({committed.count} are there, other processes are still at work)"))  # fmt: skip
         return {"drawn": count, "complete": complete}
+
+    def draw_sheets(self) -> None:
+        """Write the files that are requested beside the sample set."""
+        request = self.request
+        if request.interpolate:
+            self.draw_interpolation(request.interpolate)
+            return
+        if request.grid:
+            self.draw_grid(request.grid)
+        if request.video:
+            self.draw_video(request.video)
+        if request.trajectory:
+            self.draw_trajectories(request.trajectory)
 
     def draw_grid(self, path: str) -> None:
         """Write a sheet of the first images; those in the sample set are read instead of drawn."""
@@ -146,7 +182,7 @@ class _Drawing:
 
     def draw_video(self, path: str) -> None:
         """Write a video of the denoising of the first images."""
-        steps = self.options.steps or 1
+        steps = self.generator.steps(self.options)
         count = -(-steps // -(-steps // VIDEO_FRAMES)) + 1
         with Progress(count, "drawing the video", unit="frames", quiet=self.quiet) as progress:
             check_stop = _watch(self.interrupt, progress)
@@ -155,13 +191,40 @@ class _Drawing:
             files.write_bytes(path, video.encode(frames, video.kind(path)))
             progress.info(f"video of their denoising: {path}")
 
+    def draw_trajectories(self, path: str) -> None:
+        """Write a sheet of the first seeds: a row each, from noise to image."""
+        with Progress(1, "drawing the trajectories", unit="sheets", quiet=self.quiet) as progress:
+            seeds, check_stop = self._first[:TRAJECTORY_ROWS], _watch(self.interrupt, progress)
+            rows = self.generator.trajectories(seeds, self.options, TRAJECTORY_COLUMNS, check_stop)
+            sheet = grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
+            files.write_bytes(path, preprocess.encode(sheet, "png"))
+            progress.advance()
+            progress.info(f"trajectories of {len(rows)} seeds: {path}")
+
+    def draw_interpolation(self, count: int) -> None:
+        """Write the images between the two seeds: a grid of one row, a video, or both."""
+        request, (first, last) = self.request, self._first
+        with Progress(count, "interpolating", unit="images", quiet=self.quiet) as progress:
+            check_stop = _watch(self.interrupt, progress)
+            between = self.generator.between(first, last, self.options, count, check_stop)
+            images = np.stack([image for _, image in _counted(enumerate(between), progress)])
+            if request.grid:
+                files.write_bytes(request.grid, preprocess.encode(grid(images, columns=count), "png"))
+            if request.video:
+                frames = (grid(image[None]) for image in images)
+                files.write_bytes(request.video, video.encode(frames, video.kind(request.video)))
+            paths = ", ".join(path for path in (request.grid, request.video) if path)
+            progress.info(f"{count} images from seed {first} to seed {last}: {paths}")
+
     @cached_property
     def _first(self) -> list[int]:
         """The seeds that a grid or a video shows."""
         return [seed for part in self.request.seeds for seed in part[:SHOWN]][:SHOWN]
 
 
-def _watch(interrupt: Interrupt, progress: Progress) -> Callable[[], None]:
+def _watch(
+    interrupt: Interrupt, progress: Progress, show_count: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
     """A function to call before each pass through the network: it raises `Stopped` on request, and reports progress."""
     passes = 0
 
@@ -171,20 +234,18 @@ def _watch(interrupt: Interrupt, progress: Progress) -> Callable[[], None]:
             raise Stopped(
                 f"stop requested ({interrupt.requested}): finished shards stay; the same command continues from there"
             )
+        show_count()
         progress.show_alive(f"network pass {passes}")
         passes += 1
 
     return check_stop
 
 
-def _counted(
-    images: Iterable[tuple[int, _T]], progress: Progress, already: Collection[int] = ()
-) -> Iterator[tuple[int, _T]]:
-    """The same images; each one advances the progress, unless its seed is in `already`."""
+def _counted(images: Iterable[tuple[int, _T]], progress: Progress) -> Iterator[tuple[int, _T]]:
+    """The same images; each one advances the progress."""
     for seed, image in images:
         yield seed, image
-        if seed not in already:
-            progress.advance()
+        progress.advance()
 
 
 if __name__ == "__main__":

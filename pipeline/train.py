@@ -31,7 +31,7 @@ from pipeline.errors import DataError, Diverged, NoCheckpoint, RunHeld, Stopped
 from pipeline.monitoring.machine import cpu_has_bf16
 from pipeline.monitoring.meter import Meter
 from pipeline.processes.forkserver import start_worker_server
-from pipeline.sampling.generator import load_weights
+from pipeline.sampling.pretrained import load_weights
 from pipeline.storage import files
 from pipeline.training import resume
 from pipeline.training.datasets import fit_classes, open_sets
@@ -140,7 +140,7 @@ def _loop(
         stops_early = vote.stop and state.step < last_step
         if not stops_early:
             _validate(trainer, validation, log, phase)
-        if vote.stop or log.due("checkpoint", "keep"):
+        if vote.stop or log.due("checkpoint", "keep", "ema_snapshot"):
             with phase("saving"):
                 _save(trainer, shards, log, lease, wait=bool(vote.stop) or state.step == last_step)
         if stops_early:

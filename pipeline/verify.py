@@ -8,6 +8,7 @@ from contextlib import closing
 from functools import partial
 from typing import TypeVar
 
+from pipeline.checkpoints import ema_snapshots
 from pipeline.checkpoints.checkpoint import find_checkpoint, verify_checkpoints
 from pipeline.checkpoints.run_dir import RunDir
 from pipeline.cluster.interrupt import Interrupt
@@ -59,13 +60,20 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
         if "manifest.json" in names:
             return _verify_checkpoint(path)
         if is_run:
-            return verify_checkpoints(path, each)
-        if "index.json" in names or any(name.endswith(".tar") for name in names):
+            return [*verify_checkpoints(path, each), *ema_snapshots.verify(path)]
+        has_tars = "index.json" in names or any(name.endswith(".tar") for name in names)
+        if _is_checked_by_records(path, names, has_tars=has_tars):
+            return sample_set.verify(path, each)
+        if has_tars:
             check = partial(_in_parallel, interrupt=interrupt, check_stop=check_stop, quiet=quiet)
             return [*verify_shards.verify(path, check), *result_file.verify(path)]
-        if any(sample_set.RECORD.fullmatch(name) for name in names):
-            return sample_set.verify(path, each)
     raise ConfigError(f"{path} is neither a shard set, a sample set, a run nor a checkpoint: give one of these")
+
+
+def _is_checked_by_records(path: str, names: Sequence[str], *, has_tars: bool) -> bool:
+    """Whether a directory is a set of samples that its index, if it has one, does not describe completely."""
+    is_sample_set = any(sample_set.RECORD.fullmatch(name) for name in names)
+    return is_sample_set and (not has_tars or sample_set.is_unfinished(path))
 
 
 def _verify_checkpoint(path: str) -> list[str]:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline import cli, config_file
 from pipeline.config import Config
 from pipeline.data.loading.order import check_world
 from pipeline.errors import ConfigError
 from pipeline.plan import GPUS, SAMPLES, on_a_gpu, plan
-from pipeline.training.memory_estimate import POLICIES, trace
+from pipeline.training.memory_estimate import POLICIES, Step, trace
 from tests.launch import TINY, ddpm
 
 ROOT = Path(__file__).parents[1]
@@ -190,3 +191,17 @@ def test_an_unknown_gpu_is_refused_in_one_line() -> None:
 def test_a_wrong_configuration_is_refused_in_one_line() -> None:
     done = ddpm("plan", *TINY, "train.global_batch=12", "data.lanes=5")
     assert done.returncode == 2 and done.stdout == "" and "data.lanes" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_averages_for_a_later_choice_of_their_length_are_in_the_plan() -> None:
+    off, on = _config(), _config("run.ema_snapshot_every=1000")
+    before, after = plan(off), plan(on)
+    parameters = before["parameters"]
+    assert before["ema_snapshot_bytes"] == 0
+    assert after["ema_snapshot_bytes"] == pytest.approx(2 * 2 * parameters, rel=0.3)  # and a header
+    assert after["checkpoint_bytes"] - before["checkpoint_bytes"] == pytest.approx(2 * 4 * parameters, rel=0.3)
+    held = []
+    with FakeTensorMode():
+        for config in (off, on):
+            held.append(sum(tensor.nbytes for tensor in Step(config).persistent()))
+    assert held[1] - held[0] == 2 * 4 * parameters

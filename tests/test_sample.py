@@ -8,23 +8,27 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
+from pipeline import keyed_random
 from pipeline import sample as job
 from pipeline.cli import app
 from pipeline.cluster.launch_environment import ProcessRank, in_turn
 from pipeline.config import Config, DataSection, DiffusionSection, ModelSection, SamplingOptions, TrainSection
-from pipeline.data.shards.sample_set import parse_seeds
+from pipeline.data.shards.seeds import parse_seeds
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.diffusion.process import DiffusionProcess
+from pipeline.diffusion.samplers import to_uint8
 from pipeline.diffusion.schedule import Schedule
 from pipeline.errors import ConfigError, Stopped
 from pipeline.model.unet import UNet
 from pipeline.monitoring.progress import Progress
-from pipeline.sampling.generator import Generator
+from pipeline.sampling.generator import Generator, slerp
 from pipeline.sampling.options import SamplingRequest, default_shard_samples
 from pipeline.verify import verify
 
@@ -149,17 +153,17 @@ def test_progress_counts_each_requested_image_once(
 ) -> None:
     class Watched(Progress):
         def __exit__(self, *error: Any) -> None:
-            shown.append((self._job, self._done, self._total))
+            shown.append((self._job, self._first, self._done, self._total))
             super().__exit__(*error)
 
-    shown: list[tuple[str, int, int]] = []
+    shown: list[tuple[str, int, int, int]] = []
     monkeypatch.setattr(job, "Progress", Watched)
     for seeds in ("0-9", "2-13", "0-13", "0-13"):  # extends a shard at both ends
         draw(seeds, out=tmp_path / "set", shard_samples=8)
-    assert shown == [("sampling", total, total) for total in (10, 12, 14, 14)]
+    assert shown == [("sampling", there, total, total) for there, total in ((0, 10), (8, 12), (14, 14), (14, 14))]
     assert verify(str(tmp_path / "set"), quiet=True) == []
     draw("0-8", grid=tmp_path / "g.png", video=tmp_path / "v.mp4")
-    assert shown[4:] == [("drawing the grid", 9, 9), ("drawing the video", 5, 5)]
+    assert shown[4:] == [("drawing the grid", 0, 9, 9), ("drawing the video", 0, 5, 5)]
 
 
 @pytest.mark.parametrize(
@@ -259,3 +263,102 @@ def test_a_variance_that_was_learned_cannot_be_chosen(draw: Callable[..., dict[s
     assert ShardSet.open(str(tmp_path / "a")).settings["variance"] == "fixed_small"
     with pytest.raises(ConfigError, match="--variance: this model has learned its variance: leave it out"):
         draw(out=tmp_path / "b", source=generator(learned_variance=True), variance="fixed_small")
+
+
+def sheet(path: Path, columns: int) -> Any:
+    """The images of a sheet of 8-px images, (rows, columns, 8, 8)."""
+    array = np.asarray(Image.open(path))
+    rows = (len(array) - 2) // 10
+    return np.stack([[array[2 + 10 * r :, 2 + 10 * c :][:8, :8] for c in range(columns)] for r in range(rows)])
+
+
+def test_images_from_an_image_keep_it_as_far_as_the_strength_says(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    pixels = np.kron(np.array([[0, 255], [255, 0]], np.uint8), np.ones((4, 4), np.uint8))
+    Image.fromarray(pixels).save(tmp_path / "i.png")
+    draw("0-3", grid=tmp_path / "plain.png")
+    errors = []
+    for strength in (0.02, 0.4, 1.0):
+        draw("0-3", grid=tmp_path / "g.png", from_image=tmp_path / "i.png", strength=strength)
+        images = sheet(tmp_path / "g.png", 2).astype(float).reshape(4, 8, 8)
+        errors.append(np.abs(images - pixels).mean())
+        assert not (images[0] == images[1]).all()
+    assert errors[0] < 10 < errors[1] < errors[2]
+    assert Network.passes == 4  # of a shorter denoising fewer: see below
+    draw("0-3", grid=tmp_path / "g.png", from_image=tmp_path / "i.png", strength=0.02)
+    assert Network.passes == 1
+
+
+def test_a_set_from_an_image_is_not_continued_with_another_image_or_strength(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    for name, value in (("a", 10), ("b", 90)):
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / f"{name}.png")
+    edit = {"out": tmp_path / "set", "from_image": tmp_path / "a.png"}
+    draw("0-3", **edit)
+    assert ShardSet.open(str(tmp_path / "set")).settings["strength"] == 0.5  # the default
+    for other, message in (
+        ({"strength": 0.6}, "strength: 0.5 there, 0.6 now"),
+        ({"from_image": tmp_path / "b.png"}, "from_sha256: [0-9a-f]+ there, [0-9a-f]+ now"),
+        ({"from_image": None}, "from_sha256: [0-9a-f]+ there, None now; strength: 0.5 there, None now"),
+    ):
+        with pytest.raises(ConfigError, match=f"drawn differently .{message}"):
+            draw("0-7", **(edit | other))
+    assert draw("0-7", **edit)["complete"]
+
+
+def test_images_between_two_seeds_start_and_end_at_theirs(draw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    draw("3,9", grid=tmp_path / "ends.png", source=generator(CLASSES), label=1)
+    first, last = sheet(tmp_path / "ends.png", 2)[0]
+    draw("3,9", interpolate=6, grid=tmp_path / "row.png", video=tmp_path / "v.mp4", source=generator(CLASSES))
+    (row,) = sheet(tmp_path / "row.png", 6).astype(int)
+    assert (row[0] == first).all() and (row[-1] == last).all()  # all have the class of the first seed
+    assert (np.abs(np.diff(row, axis=0)).max((1, 2)) > 0).all()
+    assert (tmp_path / "v.mp4").stat().st_size > 0
+    a, b = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for share in (0.0, 0.3, 1.0):
+        assert slerp(a, b, share).norm() == pytest.approx((a.norm() + (b.norm() - a.norm()) * share).item(), rel=0.01)
+    assert torch.equal(slerp(a, b, 0), a) and torch.equal(slerp(a, b, 1), b)
+    for sampler, eta in (("ddpm", 0.0), ("ddim", 0.5)):
+        with pytest.raises(ConfigError, match=f"the sampler {sampler} adds noise in each step"):
+            draw("3,9", interpolate=6, grid=tmp_path / "r.png", sampler=sampler, **({"eta": eta} if eta else {}))
+
+
+@pytest.mark.parametrize(("steps", "columns"), [(4, 5), (20, 11)])
+def test_trajectories_lead_from_noise_to_the_images(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, steps: int, columns: int
+) -> None:
+    draw("4-6", steps=steps, sampler="ddim", grid=tmp_path / "g.png", trajectory=tmp_path / "t.png")
+    rows = sheet(tmp_path / "t.png", columns)
+    assert rows.shape[:2] == (3, columns)
+    assert (rows[:, -1] == sheet(tmp_path / "g.png", 2).reshape(-1, 8, 8)[:3]).all()
+    noise = keyed_random.normals(0, torch.arange(4, 7), keyed_random.Use.SAMPLE_START, (1, 8, 8))
+    assert (rows[:, 0] == to_uint8(noise)[:, 0].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"strength": 1.5, "from_image": "i.png", "grid": "g.png"}, "--strength 1.5: give a number above 0"),
+        ({"strength": 0.5, "grid": "g.png"}, "--strength changes nothing without an image"),
+        ({"trajectory": "t.jpg"}, "--trajectory t.jpg: the sheet is a PNG"),
+        ({"trajectory": "o/t.png", "out": "o"}, "o/t.png lies in the sample set o"),
+        ({"trajectory": "g.png", "grid": "g.png"}, "both g.png: name two files"),
+        ({"interpolate": 4, "out": "o"}, "belong to no seed"),
+        ({"interpolate": 4, "trajectory": "t.png"}, "leave out either"),
+        ({"interpolate": 4, "grid": "g.png"}, "--interpolate takes two seeds, not 10: write --seeds A,B"),
+        ({"from_image": "nowhere.png", "out": "o"}, "--from nowhere.png: no such file"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused_in_one_line(
+    draw: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        draw(**flags)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

@@ -64,7 +64,7 @@ _NONE = [{"seeds": 3}, {"seeds": "x"}, {"provenance": 5}, {"count": "many"}, {"f
 @pytest.mark.parametrize("record", ["{", "[]", "{}", *(json.dumps(_RECORD | change) for change in _NONE)])
 def test_records_that_are_none_are_findings(tmp_path: Path, record: str) -> None:
     (tmp_path / "shard_000000.json").write_text(record)
-    assert verify(str(tmp_path)) == ["shard_000000.json: not the record of a shard of PNGs or npz"]
+    assert verify(str(tmp_path)) == ["shard_000000.json: not the record of a shard of samples"]
 
 
 def test_shards_far_beyond_a_million_are_checked_too(tmp_path: Path) -> None:

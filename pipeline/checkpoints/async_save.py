@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints import ema_snapshots
 from pipeline.checkpoints.checkpoint import keep_forever, newest_safe_checkpoint, remove_old, write_checkpoint
 from pipeline.checkpoints.safetensors_buffer import TensorFile
 from pipeline.errors import PipelineError
@@ -80,7 +81,14 @@ class Saver(AbstractContextManager["Saver"]):
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
 
-    def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> bool:
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        snapshot_updates: int | None = None,
+    ) -> bool:
         """Copy the tensors, and write them in the background. The caller may change them when this returns.
 
         If the previous save has not ended after `patience_s`, this save is skipped and counts as failed.
@@ -89,6 +97,7 @@ class Saver(AbstractContextManager["Saver"]):
             step: number of finished steps.
             parts: file stem → name → live tensor; the same names and shapes at each call.
             state: JSON values.
+            snapshot_updates: also keep a snapshot of the part `ema_snapshots.PART`, which has had so many updates.
 
         Returns:
             Whether the save has begun.
@@ -107,7 +116,8 @@ class Saver(AbstractContextManager["Saver"]):
         if on_gpu:
             torch.cuda.synchronize()
         self.figures["checkpoint/stall_s"] = time.monotonic() - called
-        self._pending = self._thread.submit(self._write, step, json.dumps(state, indent=1).encode() + b"\n")
+        text = json.dumps(state, indent=1).encode() + b"\n"
+        self._pending = self._thread.submit(self._write, step, text, snapshot_updates)
         return True
 
     def collect_result(self, *, wait: bool = False) -> None:
@@ -139,11 +149,14 @@ class Saver(AbstractContextManager["Saver"]):
         if self.figures["checkpoint/failed"] == 1:
             self._warn(f"{what}, training continues (checkpoint/failed counts): {problem}")
 
-    def _write(self, step: int, state: bytes) -> _Result:
+    def _write(self, step: int, state: bytes, snapshot_updates: int | None) -> _Result:
         started, committed, problem = time.monotonic(), False, None
         contents = {f"{part}.safetensors": file.pieces() for part, file in self._parts.items()}
         contents["state.json"] = [state]
         try:
+            if snapshot_updates is not None:  # before the checkpoint, after which a resume would not write it again
+                pieces = self._parts[ema_snapshots.PART].as_float16()
+                ema_snapshots.write(self._run_dir, step, pieces, snapshot_updates, self._check_lease)
             written = write_checkpoint(
                 self._run_dir, step, contents, generation=self._generation, check_lease=self._check_lease
             )

@@ -44,6 +44,10 @@ class Checkpoint:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
         return tensors
 
+    def has(self, part: str) -> bool:
+        """Whether it has a part; every checkpoint has model, ema and optimizer."""
+        return files.exists(files.join(self.path, f"{part}.safetensors"))
+
     def restore(self, part: str, live: Mapping[str, Tensor]) -> None:
         """Copy the tensors of one part into live tensors of the same names and shapes.
 

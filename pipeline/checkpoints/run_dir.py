@@ -2,6 +2,7 @@
 
 RUN/config.yaml  DONE  FAILED.json  log.jsonl
     checkpoints/step_00012000/  previews/step_00012000.png  tensorboard/
+    ema_snapshots/step_00012000.safetensors  .json
     control/  lease-000007.json  ranks/00003.json  stop  stopped.json  requeues.jsonl
 """
 
@@ -53,6 +54,14 @@ class RunDir:
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a checkpoint directory, in ascending order; the checkpoints may be incomplete or damaged."""
         return _numbers(self.checkpoints, _CHECKPOINT)
+
+    def ema_snapshot(self, step: int, extension: str) -> str:
+        """A file of the snapshot of the averages at a step: `safetensors`, or the `json` that commits it."""
+        return files.join(self.path, "ema_snapshots", f"{checkpoint_name(step)}.{extension}")
+
+    def ema_snapshot_steps(self, extension: str) -> list[int]:
+        """Steps that have this file of a snapshot, in ascending order."""
+        return _numbers(files.join(self.path, "ema_snapshots"), re.compile(rf"step_(\d{{8,}})\.{extension}"))
 
     def preview(self, step: int) -> str:
         """The preview image of a step."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from ema_pytorch import EMA
 from torch import Tensor, nn
+
+from pipeline.model.posthoc_ema import PowerAverages
 
 
 class Average(EMA):  # type: ignore[misc]
@@ -27,12 +29,13 @@ class Average(EMA):  # type: ignore[misc]
             would silently stop the average from changing.
         decay: the largest decay, in [0, 1).
         on_host: store and compute the average on the host instead of on the model's device.
+        lengths: of power-function averages to track beside it; see `posthoc_ema`.
 
     Raises:
         TypeError: the model is wrapped, or has 16-bit weights, which are too coarse for an average.
     """
 
-    def __init__(self, model: nn.Module, decay: float, *, on_host: bool = False) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, on_host: bool = False, lengths: Sequence[float] = ()) -> None:
         if any(name.startswith(("module.", "_orig_mod.")) for name, _ in model.named_parameters()):
             raise TypeError("the average is made of the bare module: unwrap it from DDP or torch.compile first")
         if any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
@@ -47,6 +50,7 @@ class Average(EMA):  # type: ignore[misc]
             use_foreach=True,
         )
         self.ema_model.eval().requires_grad_(False)
+        self.powers = PowerAverages(self.model, lengths)
         self._on_host, self._weights = on_host, list(model.parameters())
         self._device, self._stream = self._weights[0].device, None
         if on_host and self._device.type == "cuda":
@@ -84,7 +88,7 @@ class Average(EMA):  # type: ignore[misc]
         if self._on_host:
             self._has_pending_update = True
         else:
-            super().update()
+            self._take_in()
 
     def flush(self) -> None:
         """Compute the update that `update` has put off."""
@@ -92,7 +96,11 @@ class Average(EMA):  # type: ignore[misc]
             self._has_pending_update = False
             if self._copied:
                 self._copied.synchronize()
-            super().update()
+            self._take_in()
+
+    def _take_in(self) -> None:
+        super().update()
+        self.powers.update(self.model.parameters(), int(self.step))
 
     def network(self) -> Any:
         """The averaged network, of the model's class and on its device: from the host, a copy not to be kept."""

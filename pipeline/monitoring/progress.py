@@ -23,10 +23,19 @@ class Progress(AbstractContextManager["Progress"]):
         done: units already done by an earlier start.
         quiet: show nothing but warnings.
         every_s: seconds between two lines in a log.
+        steady: show the average rate since the start also on a terminal, for counts that grow by many at a time.
     """
 
     def __init__(
-        self, total: int, job: str, *, unit: str, done: int = 0, quiet: bool = False, every_s: float = 10.0
+        self,
+        total: int,
+        job: str,
+        *,
+        unit: str,
+        done: int = 0,
+        quiet: bool = False,
+        every_s: float = 10.0,
+        steady: bool = False,
     ) -> None:
         self._total, self._job, self._unit, self._done, self._first = total, job, unit, done, done
         self._every_s, self._quiet, self._postfix = every_s, quiet, ""
@@ -34,8 +43,9 @@ class Progress(AbstractContextManager["Progress"]):
         self._bar = None
         if messages.STDERR.isatty() and not quiet:
             self._bar = tqdm(
-                total=total, initial=done, desc=job, unit=f" {unit}", dynamic_ncols=True, file=messages.STDERR
-            )
+                total=total, initial=done, desc=job, unit=f" {unit}", dynamic_ncols=True, file=messages.STDERR,
+                smoothing=0 if steady else 0.3,
+            )  # fmt: skip
 
     def __exit__(self, *error: object) -> None:
         if self._bar:
@@ -53,6 +63,11 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.update(count)
         elif not self._quiet and (time.monotonic() - self._last_shown > self._every_s or self._done == self._total):
             self._log()
+
+    def set_done(self, done: int) -> None:
+        """Set the count of finished units, if other processes work on the same job."""
+        if done != self._done:
+            self.advance(done - self._done)
 
     def show_alive(self, text: str) -> None:
         """Show a text after the count now and then, for work that takes long between two counts."""

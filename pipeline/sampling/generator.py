@@ -29,6 +29,7 @@ from pipeline.keyed_random import Use
 from pipeline.model.denoiser import Denoiser
 from pipeline.model.torch_flags import set_torch_flags
 from pipeline.model.unet import UNet
+from pipeline.sampling.image_start import ImageStart
 from pipeline.sampling.pretrained import (
     Pretrained,
     check_weights,
@@ -37,7 +38,6 @@ from pipeline.sampling.pretrained import (
     read,
     with_classes,
 )
-from pipeline.solvers import Step
 
 _LOSS_KEYS = ("loss_weighting", "min_snr_gamma", "sigmoid_bias")
 _SEED = 0  # samples are keyed by their own seed alone
@@ -53,6 +53,7 @@ class Generator:
         device: where to draw.
         sha256: identifies the weights; recorded in sample sets.
         ema: whether the weights are the averaged ones; recorded in sample sets.
+        ema_length: of another average than the run's own, which the weights are; recorded in sample sets.
         class_names: by number; None if they are not known. Recorded in sample sets.
         guide: a worse network, which guides this one away from itself (autoguidance).
         guide_sha256: identifies the guide; recorded in sample sets.
@@ -67,16 +68,24 @@ class Generator:
         *,
         sha256: str = "",
         ema: bool = True,
+        ema_length: float | None = None,
         class_names: Sequence[str] | None = None,
         guide: UNet | None = None,
         guide_sha256: str | None = None,
     ) -> None:
-        self.config, self.device, self.ema = config, device, ema
+        self.config, self.device, self.ema, self.ema_length = config, device, ema, ema_length
         self.sha256, self.guide_sha256 = sha256, guide_sha256
+        self.start: ImageStart | None = None
         names = class_names or [str(number) for number in range(config.model.num_classes)]
         self.class_names = tuple(names) if config.model.num_classes else None
         self._networks = {("fp32", False): [part.eval() for part in (network, guide) if part is not None]}
         self._process = process
+
+    def starting_at(self, start: ImageStart) -> Generator:
+        """The same generator, but its images start from this image with noise instead of from noise alone."""
+        other = copy.copy(self)
+        other.start = start
+        return other
 
     def networks(self, precision: str, *, compiled: bool = False) -> list[UNet]:
         """The network and its guide, if it has one, in this precision; copies are made once."""
@@ -111,25 +120,73 @@ class Generator:
         """
         batch = options.batch
         for start, asked in groupby(seeds, key=lambda seed: seed // batch * batch):
-            steps = self._trajectory(range(start, start + batch), options, check_stop)
-            (last,) = deque(steps, maxlen=1)  # holds one step at a time
-            drawn = _to_numpy(last.x)
+            drawn = _last(self._trajectory(range(start, start + batch), options, check_stop))
             yield from ((seed, drawn[seed - start]) for seed in asked)
 
     def denoising(
         self, seeds: Sequence[int], options: SamplingOptions, frames: int, check_stop: Callable[[], None] = lambda: None
     ) -> Iterator[NDArray[np.uint8]]:
         """The images of the first batch's seeds between noise and result: up to `frames` times uint8 (n, H, W, C)."""
-        batch = options.batch
-        start = seeds[0] // batch * batch
-        slots = [seed - start for seed in seeds if seed < start + batch]
-        every = -(-len(self.resolved(options).timesteps or ()) // frames)
-        step = None
-        for i, step in enumerate(self._trajectory(range(start, start + batch), options, check_stop)):
-            if i % every == 0:
-                yield _to_numpy(step.x)[slots]
-        if step is not None:
-            yield _to_numpy(step.x)[slots]
+        first_batch, slots = _first_batch(seeds, options.batch)
+        every = -(-self.steps(options) // frames)
+        for i, x in enumerate(self._trajectory(first_batch, options, check_stop)):
+            if i % every == 1 % every and i > 0:
+                yield _to_numpy(x)[slots]
+        yield _to_numpy(x)[slots]
+
+    def trajectories(
+        self, seeds: Sequence[int], options: SamplingOptions, count: int, check_stop: Callable[[], None] = lambda: None
+    ) -> NDArray[np.uint8]:
+        """The first batch's seeds from noise to image at evenly spaced steps.
+
+        Args:
+            seeds: ascending.
+            options: sampler, steps and so on.
+            count: images of each seed, at least 2; fewer if there are fewer steps.
+            check_stop: called before each pass through the network; may raise.
+
+        Returns:
+            (seeds, images, H, W, C); the first image of each seed is its noise, the last one the result.
+        """
+        first_batch, slots = _first_batch(seeds, options.batch)
+        steps = self.steps(options)
+        shown = {round(i * steps / (count - 1)) for i in range(count)}
+        states = enumerate(self._trajectory(first_batch, options, check_stop))
+        return np.stack([_to_numpy(x)[slots] for i, x in states if i in shown], axis=1)
+
+    def between(
+        self,
+        first: int,
+        last: int,
+        options: SamplingOptions,
+        count: int,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Images, uint8 (H, W, C), whose noise goes from that of one seed to that of another along a great circle.
+
+        All have the class of the first seed. The first image and, but for its class, the last one are those of the
+        seeds themselves.
+
+        Args:
+            first: seed.
+            last: seed.
+            options: a sampler without noise.
+            count: number of images, at least 2.
+            check_stop: called before each pass through the network; may raise.
+        """
+        ends = self._noise(torch.tensor([first, last], device=self.device), options)
+        labels = list(self.labels([first], options).values()) * options.batch
+        shares = [i / (count - 1) for i in range(count)]
+        for start in range(0, count, options.batch):
+            part = shares[start : start + options.batch]
+            filled = part + part[-1:] * (options.batch - len(part))  # batches are always full, as in `images`
+            noise = torch.stack([slerp(ends[0], ends[1], share) for share in filled])
+            ids = torch.full((options.batch,), first, device=self.device)
+            yield from _last(self._denoised(noise, ids, labels, options, check_stop))[: len(part)]
+
+    def steps(self, options: SamplingOptions) -> int:
+        """Number of steps that the sampler takes: with an image to start from, fewer than `options` say."""
+        return len(self._visited(self.resolved(options)))
 
     def resolved(self, options: SamplingOptions) -> SamplingOptions:
         """The options with a value for each one that depends on the sampler or on this model."""
@@ -171,22 +228,51 @@ class Generator:
         denoise = self._denoise(labels.to(self.device), options, check_stop)
         return bits_per_dimension(denoise, x0, replace(self._process, variance=self.variance(options)), noise)
 
-    @torch.inference_mode()
-    def _trajectory(self, seeds: range, options: SamplingOptions, check_stop: Callable[[], None]) -> Iterator[Step]:
-        """Sampler steps for a batch of seeds; all noise is keyed by seed and timestep."""
-        options = self.resolved(options)
+    def _visited(self, options: SamplingOptions) -> tuple[int, ...]:
+        """The timesteps that the sampler visits with resolved options, descending."""
+        timesteps = options.timesteps or ()
+        return self.start.timesteps(timesteps, len(self._process.schedule)) if self.start else timesteps
+
+    def _noise(self, ids: Tensor, options: SamplingOptions, t: int | None = None) -> Tensor:
+        """The noise of each seed at its start, or of its step at a timestep, (B, C, H, W)."""
+        shape = (self.config.data.channels, *(self.resolved(options).height_width or ()))
+        if t is None:
+            return keyed_random.normals(_SEED, ids, Use.SAMPLE_START, shape)
+        return keyed_random.normals(_SEED, ids, Use.SAMPLE_STEP, shape, step=t)
+
+    def _trajectory(self, seeds: range, options: SamplingOptions, check_stop: Callable[[], None]) -> Iterator[Tensor]:
+        """A batch of seeds at the start and after each step, (B, C, H, W); noise is keyed by seed and timestep."""
         ids = torch.arange(seeds.start, seeds.stop, device=self.device)
-        shape = (self.config.data.channels, *(options.height_width or ()))
         by_seed = self.labels(seeds, options)
-        labels = torch.tensor([by_seed[seed] for seed in seeds], device=self.device) if by_seed else None
+        labels = [by_seed[seed] for seed in seeds] if by_seed else []
+        return self._denoised(self._noise(ids, options), ids, labels, options, check_stop)
 
-        def step_noise(t: int) -> Tensor:
-            return keyed_random.normals(_SEED, ids, Use.SAMPLE_STEP, shape, step=t)
+    @torch.inference_mode()
+    def _denoised(
+        self,
+        noise: Tensor,
+        ids: Tensor,
+        labels: Sequence[int],
+        options: SamplingOptions,
+        check_stop: Callable[[], None],
+    ) -> Iterator[Tensor]:
+        """A batch at its start and after each step of the sampler, (B, C, H, W).
 
-        yield from samplers.sample(
-            self._denoise(labels, options, check_stop), keyed_random.normals(_SEED, ids, Use.SAMPLE_START, shape),
-            replace(self._process, variance=self.variance(options)), options, step_noise,
-        )  # fmt: skip
+        Args:
+            noise: to start from, (B, C, H, W).
+            ids: the seeds that the noise of the steps is keyed by, (B,).
+            labels: classes; none for a model without them.
+            options: sampler, steps and so on.
+            check_stop: called before each pass through the network; may raise.
+        """
+        options = self.resolved(options)
+        options = options.model_copy(update={"timesteps": self._visited(options)})
+        process = replace(self._process, variance=self.variance(options))
+        x = noise if self.start is None else self.start.noised(noise, (options.timesteps or ())[0], process)
+        yield x
+        denoise = self._denoise(torch.tensor(labels, device=self.device) if labels else None, options, check_stop)
+        for step in samplers.sample(denoise, x, process, options, lambda t: self._noise(ids, options, t)):
+            yield step.x
 
     def _denoise(self, labels: Tensor | None, options: SamplingOptions, check_stop: Callable[[], None]) -> Denoise:
         classes, precision = self.config.model.num_classes, options.precision or self.config.train.precision
@@ -205,18 +291,52 @@ class Generator:
         return guidance.label_guided(call, labels, classes, options.guidance, options.guidance_interval)
 
 
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Spherical interpolation: on the great circle from a (share 0) to b (share 1), so that noise keeps its norm.
+
+    Args:
+        a: any shape.
+        b: like a.
+        share: of the angle between them, 0 to 1.
+    """
+    x, y = a.flatten().double(), b.flatten().double()
+    angle = torch.acos((x @ y / (x.norm() * y.norm())).clamp(-1, 1))
+    weights = ((1 - share) * angle).sin() / angle.sin(), (share * angle).sin() / angle.sin()
+    return (weights[0] * x + weights[1] * y).to(a.dtype).view_as(a)
+
+
+def _first_batch(seeds: Sequence[int], batch: int) -> tuple[range, list[int]]:
+    """The batch with the first seed, and the slots of the requested seeds in it."""
+    start = seeds[0] // batch * batch
+    return range(start, start + batch), [seed - start for seed in seeds if seed < start + batch]
+
+
+def _last(states: Iterable[Tensor]) -> NDArray[np.uint8]:
+    """The images after the last step, uint8 (B, H, W, C)."""
+    (x,) = deque(states, maxlen=1)  # holds one step at a time
+    return _to_numpy(x)
+
+
 def _to_numpy(x: Tensor) -> NDArray[np.uint8]:
     """Images in [-1, 1], (B, C, H, W), as uint8 (B, H, W, C)."""
     return samplers.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def load(source: str, device: torch.device, *, ema: bool = True, guide: str | None = None) -> Generator:
+def load(
+    source: str,
+    device: torch.device,
+    *,
+    ema: bool = True,
+    ema_length: float | None = None,
+    guide: str | None = None,
+) -> Generator:
     """A generator from a run, a checkpoint or a diffusers directory.
 
     Args:
         source: the model.
         device: where to draw.
         ema: use the averaged weights.
+        ema_length: of the average to use instead of the run's own; the guide keeps its own.
         guide: a worse model of the same kind, for autoguidance.
 
     Raises:
@@ -225,7 +345,7 @@ def load(source: str, device: torch.device, *, ema: bool = True, guide: str | No
         NoCheckpoint: the run holds no valid checkpoint.
     """
     set_torch_flags()
-    model = read(source, ema=ema)
+    model = read(source, ema=ema, ema_length=ema_length)
     process = DiffusionProcess.of(model.config.diffusion, clip=model.clip).to(device)
     other = None
     if guide is not None:
@@ -240,6 +360,7 @@ def load(source: str, device: torch.device, *, ema: bool = True, guide: str | No
         device,
         sha256=model.identity,
         ema=ema,
+        ema_length=ema_length,
         class_names=model.class_names,
         guide=_network(other, guide, device) if guide and other else None,
         guide_sha256=other.identity if other else None,
@@ -277,30 +398,3 @@ def _check_guide(guide: str, other: Pretrained, model: Pretrained) -> None:
             f"--guide {guide} has other classes ({class_names.compared(guide_names, names)}): take a model trained "
             "alike"
         )
-
-
-def load_weights(source: str, config: Config, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """EMA weights of a run, a checkpoint or a diffusers directory, for the network that `config` describes.
-
-    Args:
-        source: the model.
-        config: configuration of the new run.
-        names: class names of the new run, by number; the classes of the model are matched with them.
-
-    Raises:
-        ConfigError: the source has another network; the message names the settings that differ.
-    """
-    model = read(source, ema=True)
-    if names and config.model.num_classes and model.config.model.num_classes:
-        model = with_classes(model, names, f"train.init_from {source}")
-    if different := different_networks(model.config, config):
-        raise ConfigError(
-            f"train.init_from {source} is another network ({listed_differences(different)}): set these keys alike"
-        )
-    check_weights(model, source)
-    return model.weights
-
-
-def norm_groups(source: str) -> int:
-    """Groups of each GroupNorm in the network of a run, a checkpoint or a diffusers directory; raises as `load`."""
-    return read(source, ema=True).config.model.groups

@@ -13,10 +13,13 @@ from pipeline.data.images import video
 from pipeline.data.shards.sample_set import Format
 from pipeline.diffusion.spacing import SAMPLER_KEYS, best_sampler
 from pipeline.errors import ConfigError
+from pipeline.model.posthoc_ema import check_length
 from pipeline.sampling.generator import Generator
+from pipeline.sampling.image_start import check_strength
 from pipeline.solvers import SAMPLERS
 from pipeline.storage import files
 
+DEFAULT_STRENGTH = 0.5
 SHARDS, SHARD_BATCHES, SHARD_SAMPLES = 64, 4, 1024
 """By default a set has about this number of shards, each with at most this number of batches and of seeds."""
 
@@ -39,8 +42,18 @@ class SamplingRequest:
     """PNG file for a sheet of the first images."""
     video: str | None = None
     """MP4, GIF or WebP file for a video of the denoising."""
+    trajectory: str | None = None
+    """PNG file for a sheet of the first seeds from noise to image."""
+    from_image: str | None = None
+    """Image file to start from instead of noise alone."""
+    strength: float | None = None
+    """Share of the noise added to this image; default: `DEFAULT_STRENGTH`."""
+    interpolate: int | None = None
+    """Draw this number of images between the two seeds instead of the seeds themselves."""
     ema: bool = True
     """Use the averaged weights."""
+    ema_length: float | None = None
+    """Length σ_rel of an average to use instead of the run's own."""
     guide: str | None = None
     """A worse model, for autoguidance."""
 
@@ -50,22 +63,51 @@ class SamplingRequest:
         return sum(map(len, self.seeds))
 
     def check_outputs(self) -> None:
-        """Check that there is an output, and that grid and video are files outside the sample set.
+        """Check that there is an output, and that each but the sample set is a file outside of it.
 
         Raises:
             ConfigError: an output is missing or unsuitable.
         """
-        if not (self.out or self.grid or self.video):
+        if not (self.out or self.grid or self.video or self.trajectory):
             raise ConfigError("nothing to write: give --out SAMPLES, --grid FILE.png or --video FILE.mp4")
-        for path in (self.grid, self.video):
+        for path in (self.grid, self.video, self.trajectory):
             if path and self.out and path.startswith(self.out.rstrip("/") + "/"):
                 raise ConfigError(f"{path} lies in the sample set {self.out}: name a place beside it")
             if path and files.is_dir(path):
                 raise ConfigError(f"{path} is a directory: name a file in it")
-        if self.grid and not self.grid.lower().endswith(".png"):
-            raise ConfigError(f"--grid {self.grid}: the sheet is a PNG: name a .png file")
+        for name, sheet in (("grid", self.grid), ("trajectory", self.trajectory)):
+            if sheet and not sheet.lower().endswith(".png"):
+                raise ConfigError(f"--{name} {sheet}: the sheet is a PNG: name a .png file")
+        if self.trajectory and self.trajectory == self.grid:
+            raise ConfigError(f"--grid and --trajectory are both {self.grid}: name two files")
         if self.video:
             video.check(self.video)
+
+    def check_start(self) -> None:
+        """Check the weights, and what the images start from.
+
+        Raises:
+            ConfigError: a length or strength is out of range or changes nothing, or an interpolation is not possible.
+        """
+        if self.ema_length is not None:
+            check_length(self.ema_length, "--ema-length")
+            if not self.ema:
+                raise ConfigError("--no-ema and --ema-length exclude each other: drop one")
+        if self.strength is not None:
+            check_strength(self.strength)
+            if not self.from_image:
+                raise ConfigError("--strength changes nothing without an image: add --from IMAGE, or leave it out")
+        if self.interpolate is None:
+            return
+        if self.out:
+            raise ConfigError(
+                "--interpolate: the images between two seeds belong to no seed, and a sample set holds one image for "
+                "each: leave out --out, and give --grid FILE.png or --video FILE.mp4"
+            )
+        if self.trajectory:
+            raise ConfigError("--trajectory shows seeds, and --interpolate draws images between them: leave out either")
+        if self.images != 2:
+            raise ConfigError(f"--interpolate takes two seeds, not {self.images}: write --seeds A,B")
 
 
 def choose(
@@ -98,6 +140,7 @@ def choose(
         request.images, options.batch, begun.get("shard_samples")
     )
     _check_size(generator.config, options)
+    _check_no_noise(request, options)
     _check_guidance(generator, options)
     _check_steps(generator.config.diffusion.timesteps, options)
     if shard_samples % options.batch:
@@ -156,6 +199,16 @@ def _check_effects(generator: Generator, given: dict[str, Any], options: Samplin
         raise ConfigError("--guide changes nothing without a strength: give --guidance W, such as 1.7")
     if "guidance_interval" in given and options.guidance == 1:
         raise ConfigError("--guidance-interval changes nothing without guidance: give --guidance W, or leave it out")
+
+
+def _check_no_noise(request: SamplingRequest, options: SamplingOptions) -> None:
+    """Refuse to interpolate with a sampler that adds noise in its steps."""
+    noisy = options.sampler == "ddpm" or ("eta" in SAMPLERS[options.sampler].options and options.eta > 0)
+    if request.interpolate and noisy:
+        raise ConfigError(
+            f"--interpolate: the sampler {options.sampler} adds noise in each step, which belongs to one seed: add "
+            "--sampler dpmpp, heun, or ddim with --eta 0"
+        )
 
 
 def _check_size(config: Config, options: SamplingOptions) -> None:
@@ -237,5 +290,8 @@ def provenance(generator: Generator, options: SamplingOptions, format: Format, s
         "guidance_interval": list(options.guidance_interval or ()) or None if options.guidance != 1 else None,
         "dynamic_threshold": options.dynamic_threshold,
         "guide_sha256": generator.guide_sha256,
+        "ema_length": generator.ema_length,
+        "from_sha256": generator.start.sha256 if generator.start else None,
+        "strength": generator.start.strength if generator.start else None,
     }
     return known | {key: value for key, value in later.items() if value is not None}

@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.model import diffusers_directory, interchange
 from pipeline.model.scheduler_config import diffusion_from_diffusers
 from pipeline.model.unet import UNet
+from pipeline.sampling import ema_length as ema_lengths
 from pipeline.storage import files
 from pipeline.untrusted import printable
 
@@ -37,19 +38,22 @@ class Pretrained(NamedTuple):
     """By class number; None if the names are not known."""
 
 
-def read(source: str, *, ema: bool) -> Pretrained:
+def read(source: str, *, ema: bool, ema_length: float | None = None) -> Pretrained:
     """Read a run (its newest checkpoint), a checkpoint or a diffusers directory.
 
     Args:
         source: the model.
         ema: use the averaged weights.
+        ema_length: σ_rel of another average to use, made of those that the run has stored.
 
     Raises:
-        ConfigError: the source does not exist, or its network is not supported.
+        ConfigError: the source does not exist, its network is not supported, or it cannot give such an average.
         DataError: files are damaged, or weights are not finite.
         NoCheckpoint: the run holds no valid checkpoint.
     """
     if directory := diffusers_directory.find(source):
+        if ema_length is not None:
+            raise ConfigError(f"--ema-length: {source} is a model of diffusers, with one average: leave it out")
         return _read_diffusers(source, directory)
     if files.exists(source) and not files.is_dir(source):
         raise ConfigError(f"{source} is a file: give a run, a checkpoint or a diffusers directory")
@@ -58,8 +62,11 @@ def read(source: str, *, ema: bool) -> Pretrained:
         messages.warning(f"{source}: {line}")
     state = checkpoint.state()
     config = config_file.parse_stored(state["config"], f"{checkpoint.path}/state.json")
-    weights = checkpoint.tensors("ema" if ema else "model")
-    return Pretrained(config, weights, checkpoint.manifest_sha256,
+    if ema_length is None:
+        weights, identity = checkpoint.tensors("ema" if ema else "model"), checkpoint.manifest_sha256
+    else:
+        weights, identity = ema_lengths.read(checkpoint, int(state["position"]["ema_updates"]), ema_length)
+    return Pretrained(config, weights, identity,
                   class_names=_class_names(source, state.get("classes"), config.model.num_classes))  # fmt: skip
 
 
@@ -137,6 +144,33 @@ def with_classes(model: Pretrained, names: Sequence[str], what: str) -> Pretrain
         weights=model.weights | {_TABLE: picked},
         class_names=tuple(names),
     )
+
+
+def load_weights(source: str, config: Config, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """EMA weights of a run, a checkpoint or a diffusers directory, for the network that `config` describes.
+
+    Args:
+        source: the model.
+        config: configuration of the new run.
+        names: class names of the new run, by number; the classes of the model are matched with them.
+
+    Raises:
+        ConfigError: the source has another network; the message names the settings that differ.
+    """
+    model = read(source, ema=True)
+    if names and config.model.num_classes and model.config.model.num_classes:
+        model = with_classes(model, names, f"train.init_from {source}")
+    if different := different_networks(model.config, config):
+        raise ConfigError(
+            f"train.init_from {source} is another network ({listed_differences(different)}): set these keys alike"
+        )
+    check_weights(model, source)
+    return model.weights
+
+
+def norm_groups(source: str) -> int:
+    """Groups of each GroupNorm in the network of a run, a checkpoint or a diffusers directory; raises as `read`."""
+    return read(source, ema=True).config.model.groups
 
 
 def different_networks(there: Config, here: Config) -> dict[str, tuple[Any, Any]]:

@@ -194,16 +194,18 @@ class Step:
             if parameter.dim() == 4:  # `.to(memory_format=…)` does not work for fake modules
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._optimizer = make_adam(self.network, config.train.lr)
-        averaged = self.network.parameters() if config.train.ema_device == "same" else ()
-        self._average = [torch.empty_like(parameter) for parameter in averaged]
+        copies = 1 + (len(config.train.ema_lengths) if config.run.ema_snapshot_every else 0)
+        if config.train.ema_device == "cpu":
+            copies = 0
+        self._averages = [[torch.empty_like(p) for p in self.network.parameters()] for _ in range(copies)]
         # log_snr_min does not change memory, and searching fake tables for it is impossible.
         section = config.diffusion.model_copy(update={"log_snr_min": None})
         self._process = DiffusionProcess.of(section, variance=config.model.reverse_variance("fixed_large"))
 
     def persistent(self) -> list[Tensor]:
-        """Tensors that live as long as the run: weights, their average if it is not on the host, moments."""
+        """Tensors that live as long as the run: weights, their averages if not on the host, moments."""
         state = [value for entry in self._optimizer.state.values() for value in entry.values()]
-        return [*self.network.parameters(), *self._average, *state]
+        return [*self.network.parameters(), *(tensor for average in self._averages for tensor in average), *state]
 
     def gradients(self) -> list[Tensor]:
         """Existing gradients of the weights."""
@@ -222,9 +224,9 @@ class Step:
         """Clipping, optimizer step and average, after the last backward pass."""
         nn.utils.clip_grad_norm_(self.network.parameters(), self._config.train.clip_norm)
         self._optimizer.step()
-        if self._average:
+        for average in self._averages:
             with torch.no_grad():  # `Average` would read its counters on the host, which fake tensors do not allow
-                torch._foreach_lerp_(self._average, list(self.network.parameters()), 1 - self._config.train.ema_decay)
+                torch._foreach_lerp_(average, list(self.network.parameters()), 1 - self._config.train.ema_decay)
 
     def drop_gradients(self) -> None:
         """Free the gradients."""

@@ -18,7 +18,7 @@ from pipeline.data.shards.shard_set import ShardSet
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.model import ema as averaging
 from pipeline.monitoring.environment import environment
-from pipeline.sampling.generator import norm_groups
+from pipeline.sampling.pretrained import norm_groups
 from pipeline.storage import files
 from pipeline.training import start
 from pipeline.training.datasets import agree_on_classes

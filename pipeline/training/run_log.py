@@ -133,7 +133,8 @@ class RunLog:
         """
         problem = None
         if self._saver:
-            begun = self._saver.save(self._state.step, tensors, state)
+            updates = self._state.ema_updates if self.due("ema_snapshot") else None
+            begun = self._saver.save(self._state.step, tensors, state, snapshot_updates=updates or None)
             if wait and begun:
                 self._saver.collect_result(wait=True)
             problem = self._saver.problem

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import config_file
+from pipeline.checkpoints import ema_snapshots
 from pipeline.checkpoints.checkpoint import (
     Checkpoint,
     committed_step,
@@ -112,6 +113,11 @@ def find_resume_point(
     if changed := [f"{key}: {before[key]} -> {now}" for key, now in environment.items() if before.get(key, now) != now]:
         warn(f"{run_dir} resumes with other software or another device ({'; '.join(changed)}): its last bits "
             "will differ from those of a run without the change")  # fmt: skip
+    if config.run.ema_snapshot_every and not found.has(ema_snapshots.PART):
+        raise ConfigError(
+            f"run.ema_snapshot_every: {run_dir} did not track these averages from its start, so their lengths would be "
+            "wrong: set it to 0, or start a new run"
+        )
     lanes = state["position"]["lanes"]
     if config.train.global_batch % lanes:
         raise ConfigError(
@@ -131,6 +137,7 @@ def start_run(point: ResumePoint, warn: Callable[[str], None]) -> None:
     config, run = point.config, RunDir(point.config.run.dir)
     for path in (run.failed, run.stopped, run.ranks):
         files.remove(path)
+    ema_snapshots.remove_newer(run.path, point.step)
     if not point.checkpoint:
         remove_incomplete(run.path)  # a second one would look like a run that has lost its checkpoints
     if point.step >= config.train.steps:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline import keyed_random
+from pipeline.checkpoints import ema_snapshots
 from pipeline.cluster.world import World
 from pipeline.config import Config, SamplingOptions
 from pipeline.data.images.contact_sheet import grid
@@ -104,7 +105,10 @@ class Trainer:
         if weights is not None:
             self.model.load_state_dict(weights)
         self.model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = averaging.Average(self.model, section.ema_decay, on_host=section.ema_device == "cpu")
+        lengths = section.ema_lengths if config.run.ema_snapshot_every else ()
+        self.ema = averaging.Average(
+            self.model, section.ema_decay, on_host=section.ema_device == "cpu", lengths=lengths
+        )
         self.optimizer = make_adam(self.model, section.lr)
         self._network = world.data_parallel(self.model, section.gradient_compression) if world.size > 1 else self.model
         self._process = DiffusionProcess.of(
@@ -115,11 +119,13 @@ class Trainer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The live tensors of a run: part of a checkpoint → name → tensor."""
-        return {
+        parts = {
             "model": {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
             "ema": averaging.ema_state(self.ema)[0],
             "optimizer": named_state(self.optimizer, self.model),
         }
+        powers = self.ema.powers.tensors()
+        return parts | ({ema_snapshots.PART: powers} if powers else {})
 
     def choose_micro_batch(self) -> None:
         """Choose micro-batch and checkpointing policy: as configured, as in the checkpoint, or by trying what fits.

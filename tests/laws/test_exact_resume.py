@@ -23,7 +23,7 @@ from tests.launch import TINY, committed_step, ddpm, kill, launch, start, until
 RANKS = 3
 KILLS = int(os.environ.get("DDPM_KILLS", "5"))  # `make soak` takes 30
 STEPS = max(80, 8 * KILLS)  # so many that a fast machine does not come to the end before it is killed
-PARTS = ("model", "ema", "optimizer")
+PARTS = ("model", "ema", "optimizer", "posthoc_ema")
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -38,10 +38,12 @@ def assert_same_bytes(run: Path, other: Path) -> None:
             a, b = load_file(mine / f"{part}.safetensors"), load_file(theirs / f"{part}.safetensors")
             name, gap = max(((name, (a[name] - b[name]).abs().max().item()) for name in a), key=lambda item: item[1])
             pytest.fail(f"{part} differs at step {mine.name}, most in {name}: {gap:.3g}")
+    snapshots = [{path.name: path.read_bytes() for path in (r / "ema_snapshots").iterdir()} for r in (run, other)]
+    assert snapshots[0] == snapshots[1] and len(snapshots[0]) == 2 * (STEPS // 20)
 
 
 def arguments(digits: Path, run: Path) -> tuple[str, ...]:
-    return (*TINY, f"data.shards={digits}", f"run.dir={run}", f"train.steps={STEPS}")
+    return (*TINY, f"data.shards={digits}", f"run.dir={run}", f"train.steps={STEPS}", "run.ema_snapshot_every=20")
 
 
 @pytest.fixture(scope="module")

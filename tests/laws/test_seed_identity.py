@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import random
+import re
 import signal
+import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import av
@@ -66,6 +71,36 @@ def test_a_killed_job_does_only_what_is_missing(alone: Path, tiny_run: Path, tmp
     assert json.loads(again.stdout)["drawn"] == 40 - 8 * len(there)
     assert all(path.stat().st_mtime_ns == time for path, time in there.items())
     assert hashes(out) == hashes(alone)
+
+
+def test_processes_killed_at_random_make_the_set_of_an_undisturbed_one(tiny_run: Path, tmp_path: Path) -> None:
+    """3 independent processes. `make soak` draws 5,000 seeds and kills 30 times."""
+    seeds, kills = int(os.environ.get("DDPM_SEEDS", "160")), int(os.environ.get("DDPM_KILLS", "4"))
+    out, moments = tmp_path / "samples", random.Random(kills)
+    asked = ("--seeds", f"0-{seeds - 1}", "--shard-samples", "8")
+    ddpm("sample", tiny_run, *asked, "--out", tmp_path / "alone", timeout_s=1800).check_returncode()
+    with (tmp_path / "log").open("w") as log:
+
+        def start_one() -> subprocess.Popen[bytes]:
+            return warm.Popen(command("sample", tiny_run, *asked, "--out", out), env=ENVIRONMENT, stderr=log)
+
+        jobs = [start_one() for _ in range(3)]
+        for i in range(kills):  # spread over the set, each at a random moment of the work on a shard
+            victim, wanted = moments.randrange(3), seeds // 8 * i // kills
+            assert until(lambda wanted=wanted: len(list(out.glob("shard_*.json"))) >= wanted, jobs[victim])
+            time.sleep(moments.uniform(0, 0.05))
+            jobs[victim].kill()
+            assert jobs[victim].wait(60) == -signal.SIGKILL
+            jobs[victim] = start_one()
+            if i == kills // 2:
+                unfinished = ddpm("verify", out)
+                assert unfinished.returncode == 3
+                assert re.search(r"seeds [0-9,-]+ are missing \(\d+ in all\): the same", unfinished.stdout)
+        assert [job.wait(1800) for job in jobs] == [0, 0, 0]
+    assert hashes(out) == hashes(tmp_path / "alone") and len(hashes(out)) == -(-seeds // 8)
+    assert (out / "index.json").read_bytes() == (tmp_path / "alone" / "index.json").read_bytes()
+    done = ddpm("verify", out)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -81,6 +81,7 @@ PURE = {
     "pipeline.data.images.contact_sheet",
     "pipeline.data.sources.labels.class_names",
     "pipeline.data.sources.urls",
+    "pipeline.data.shards.seeds",
     "pipeline.data.shards.summary",
     "pipeline.training.learning_rate",
     "pipeline.training.continuity",

@@ -21,7 +21,7 @@ from pipeline.config import SamplingOptions
 from pipeline.errors import ConfigError, DataError, NoCheckpoint
 from pipeline.model.blocks import Attention, ResidualBlock
 from pipeline.model.denoiser import Denoiser
-from pipeline.sampling import generator
+from pipeline.sampling import generator, pretrained
 from tests.conftest import ROOT
 from tests.launch import TINY, ddpm
 
@@ -80,16 +80,17 @@ def test_a_diffusers_scheduler_is_honoured_step_by_step(
     assert (ours.config.sample.variance, ours.config.train.precision) == (variance, "fp32")
     assert ours._process.clip == clip
     options = ours.config.sample.model_copy(update={"batch": 2, "steps": 1000})
-    steps = ours._trajectory(range(2), options, lambda: None)
+    states = ours._trajectory(range(2), options, lambda: None)
+    next(states)  # the noise
 
     unet = UNet2DModel.from_pretrained(tmp_path / "unet")
     x = generator.keyed_random.normals(0, torch.arange(2), generator.Use.SAMPLE_START, (3, 8, 8))
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        for t, step in zip(range(999, 994, -1), steps):
+        for t, state in zip(range(999, 994, -1), states):
             noise = generator.keyed_random.normals(0, torch.arange(2), generator.Use.SAMPLE_STEP, (3, 8, 8), step=t)
             patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, noise=noise, **__: noise)
             x = scheduler.step(unet(x, t).sample, t, x).prev_sample
-            assert torch.allclose(step.x, x, atol=2e-4), t
+            assert torch.allclose(state, x, atol=2e-4), t
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_an_empty_run_has_no_checkpoint(tmp_path: Path) -> None:
 def test_weights_of_another_network_are_refused_with_the_difference(tiny_run: Path) -> None:
     config = config_file.load(TINY[1], ("model.base_channels=16",), lambda name: Path(name).read_text())
     with pytest.raises(ConfigError, match=r"model\.base_channels: 8 there, 16 here"):
-        generator.load_weights(str(tiny_run), config)
+        pretrained.load_weights(str(tiny_run), config)
 
 
 @pytest.mark.parametrize(
@@ -254,10 +255,10 @@ def test_weights_fit_images_of_another_size_if_the_same_levels_attend(
 ) -> None:
     config = config_file.load(TINY[1], settings, lambda name: Path(name).read_text())
     if message is None:
-        assert generator.load_weights(str(tiny_run), config)
+        assert pretrained.load_weights(str(tiny_run), config)
         return
     with pytest.raises(ConfigError, match=message):
-        generator.load_weights(str(tiny_run), config)
+        pretrained.load_weights(str(tiny_run), config)
 
 
 def test_a_run_starts_from_a_diffusers_directory(theirs: Path, digits: Path, tmp_path: Path) -> None:
@@ -270,5 +271,5 @@ def test_a_run_starts_from_a_diffusers_directory(theirs: Path, digits: Path, tmp
     )
     assert result.returncode == 0, result.stderr
     new = load_file(tmp_path / "run/checkpoints/step_00000001/model.safetensors")
-    old = generator.load_weights(str(theirs), config_file.load(TINY[1], settings, lambda name: Path(name).read_text()))
+    old = pretrained.load_weights(str(theirs), config_file.load(TINY[1], settings, lambda name: Path(name).read_text()))
     assert all((new[name] - old[name]).abs().max() < 1e-9 for name in new)

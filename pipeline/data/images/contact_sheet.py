@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def grid(images: NDArray[np.uint8], gap_px: int = 2, columns: int | None = None) -> NDArray[np.uint8]:
+def grid(images: NDArray[np.uint8], gap_px: int = 2, *, columns: int | None = None) -> NDArray[np.uint8]:
     """Arrange images in a grid on white.
 
     Args:
         images: (N, H, W, C).
         gap_px: pixels between images and around the grid.
-        columns: images in a row; None: as many as make the grid nearly square.
+        columns: images in a row. Default: as many as make the grid nearly square.
 
     Returns:
         (rows·(H+gap)+gap, columns·(W+gap)+gap, C), row by row from the top left.

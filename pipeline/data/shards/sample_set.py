@@ -21,16 +21,18 @@ from numpy.typing import NDArray
 from pipeline import untrusted
 from pipeline.data.images import preprocess
 from pipeline.data.shards import shard_set
+from pipeline.data.shards.seeds import merged, parse_seeds, ranges_text, seeds_text, within, without
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
 from pipeline.untrusted import name_inside, printable
 
 CleanImage = NDArray[np.uint8]
 Format = Literal["tar", "png", "npz"]
-_SEED = re.compile("[0-9]{1,19}")
 RECORD = re.compile(r"shard_(\d{6,})\.json")
 """The names of records."""
-_MAX_SEEDS = 100_000_000
+_MAX_ASKED = 10_000  # characters: each record repeats them
+_SHOWN_RANGES = 50
+_SAMPLES = re.compile(r".+\.(png|npz)|shard_\d{6,}\.(tar|npy)")
 _UNCOMMITTED = re.compile(r"shard_\d{6,}\.(tar|npy|npz)")
 
 
@@ -46,18 +48,24 @@ class SampleSet:
     """All settings that decide the image of a seed; equal for all samples of a set."""
     environment: dict[str, Any]
     """Software and device; recorded, not compared."""
+    asked: tuple[range, ...] = ()
+    """All seeds that are asked for; recorded, so that `verify` knows which ones are missing."""
 
-    def check(self) -> None:
+    def check(self) -> dict[int, tuple[range, ...]]:
         """Refuse a directory that holds something else, or samples drawn with other settings.
+
+        Returns:
+            Number → committed seeds of each shard that has a record.
 
         Raises:
             ConfigError: naming the file or the settings.
         """
-        records = [record for i in _numbers(self.url) if (record := _read(self.url, i))]
+        records = {i: record for i in recorded(self.url) if (record := _read(self.url, i))}
         if not records:
             shard_set.refuse_foreign(self.url, _UNCOMMITTED)
-        for record in records:
+        for record in records.values():
             self._compare(record)
+        return {i: _ranges(record) for i, record in records.items()}
 
     def numbers(self, seeds: tuple[range, ...]) -> list[int]:
         """The numbers of the shards that hold these seeds, ascending."""
@@ -66,7 +74,7 @@ class SampleSet:
 
     def seeds_in(self, i: int, seeds: tuple[range, ...]) -> list[int]:
         """The seeds that shard i holds, of sorted ranges that do not overlap."""
-        return _within(seeds, i * self.shard_samples, (i + 1) * self.shard_samples)
+        return within(seeds, i * self.shard_samples, (i + 1) * self.shard_samples)
 
     def committed(self, i: int) -> set[int]:
         """The committed seeds of shard i.
@@ -75,7 +83,7 @@ class SampleSet:
             ConfigError: they were drawn with other settings.
         """
         record, first = self._record(i), i * self.shard_samples
-        return set(_within(_ranges(record), first, first + self.shard_samples)) if record else set()
+        return set(within(_ranges(record), first, first + self.shard_samples)) if record else set()
 
     def write(self, i: int, images: Iterable[tuple[int, CleanImage]], labels: dict[int, int]) -> None:
         """Write shard i, its record last.
@@ -100,11 +108,13 @@ class SampleSet:
                 yield shard_set.Sample(shard_set.key(seed), preprocess.encode(image, "png"), "png", label, meta)
 
         def record() -> dict[str, Any]:
-            if other := next((record for n in _numbers(self.url) if (record := _read(self.url, n))), None):
+            if other := next((record for n in recorded(self.url) if (record := _read(self.url, n))), None):
                 self._compare(other)
+            asked = ranges_text(self.asked)
             return {
                 "seeds": seeds_text(seeds),
                 "count": len(seeds),
+                **({"asked": asked} if 0 < len(asked) <= _MAX_ASKED else {}),
                 "provenance": self.provenance,
                 "environment": self.environment,
             }
@@ -172,7 +182,7 @@ class SampleSet:
         if not all(self.committed(i).issuperset(self.seeds_in(i, seeds)) for i in self.numbers(seeds)):
             return False
         if self.format == "tar":
-            records = [record for i in _numbers(self.url) if (record := shard_set.read_record(self.url, stem(i)))]
+            records = [record for i in recorded(self.url) if (record := shard_set.read_record(self.url, stem(i)))]
             shard_set.write_index(
                 self.url, records, size=size, channels=channels, classes=classes,
                 source=f"checkpoint {self.provenance['checkpoint_sha256']}", settings=self.provenance,
@@ -205,12 +215,27 @@ class SampleSet:
 
 def provenance(url: str) -> dict[str, Any]:
     """The `provenance` of an existing sample set, complete or not; empty if there is none."""
-    records = (record for i in _numbers(url) if (record := _read(url, i)))
+    records = (record for i in recorded(url) if (record := _read(url, i)))
     return next((record["provenance"] for record in records), {})
 
 
+def recorded_seeds(url: str, i: int) -> tuple[range, ...]:
+    """The committed seeds of shard i by its record; none if it has no record."""
+    record = _read(url, i)
+    return _ranges(record) if record else ()
+
+
+def is_unfinished(url: str) -> bool:
+    """Whether a sample set lacks seeds that were asked for, or its index."""
+    records = [record for i in recorded(url) if (record := _read(url, i))]
+    is_in_tars = any("files" not in record for record in records)
+    return bool(_missing(records)) or (is_in_tars and not files.exists(files.join(url, shard_set.INDEX)))
+
+
 def verify(url: str, each: Callable[[Sequence[int]], Iterable[int]] = iter) -> list[str]:
-    """Check every file of a set of PNGs or npz files against the records; `shards.verify` checks sets in tars.
+    """Check every file of a set against its records, and list the seeds that were asked for and are missing.
+
+    `shards.verify` checks a finished set in tars, which has an index.
 
     Args:
         url: the set.
@@ -219,22 +244,58 @@ def verify(url: str, each: Callable[[Sequence[int]], Iterable[int]] = iter) -> l
     Returns:
         One line for each finding; none if the set is intact.
     """
-    findings, known, provenances = [], set(), set()
-    for i in each(_numbers(url)):
+    findings: list[str] = []
+    records: list[dict[str, Any]] = []
+    known: set[str] = set()
+    provenances: set[str] = set()
+    for i in each(recorded(url)):
         record = _read(url, i)
-        if record is None or "files" not in record:
-            findings.append(f"{stem(i)}.json: not the record of a shard of PNGs or npz")
+        listed = None if record is None else _listed(record, i)
+        if record is None or listed is None:
+            findings.append(f"{stem(i)}.json: not the record of a shard of samples")
             continue
-        known |= record["files"].keys()
+        records.append(record)
+        known |= listed.keys()
         provenances.add(json.dumps(record["provenance"], sort_keys=True))
         if record["count"] != sum(map(len, _ranges(record))):
             findings.append(f"{stem(i)}.json: its count is not that of its seeds")
-        findings += [problem for name, file in record["files"].items() if (problem := _problem(url, i, name, file))]
+        findings += [problem for name, file in listed.items() if (problem := _problem(url, i, name, file))]
     if len(provenances) > 1:
         findings.append("its shards were drawn in different ways")
-    unknown = [name for name in files.listdir(url) if name.endswith((".png", ".npz")) and name not in known]
+    unknown = [name for name in files.listdir(url) if _SAMPLES.fullmatch(name) and name not in known]
     findings += [f"{name}: in no record (of a shard that is not finished, or from elsewhere)" for name in unknown]
-    return list(map(printable, findings))
+    return [*map(printable, findings), *_unfinished(url, records)]
+
+
+def _unfinished(url: str, records: list[dict[str, Any]]) -> list[str]:
+    """The finding that a set is not finished, if it is not."""
+    if missing := _missing(records):
+        more = f" and {len(missing) - _SHOWN_RANGES} ranges more" if len(missing) > _SHOWN_RANGES else ""
+        return [
+            f"seeds {ranges_text(missing[:_SHOWN_RANGES])}{more} are missing ({sum(map(len, missing))} in all): the "
+            "same `ddpm sample` command draws them"
+        ]
+    if any("files" not in record for record in records) and not files.exists(files.join(url, shard_set.INDEX)):
+        return [f"{shard_set.INDEX}: missing, the set is not finished: the same `ddpm sample` command finishes it"]
+    return []
+
+
+def _missing(records: list[dict[str, Any]]) -> tuple[range, ...]:
+    """The seeds that the commands of a set asked for and that are in no record. Version 0.1 did not record them."""
+    asked = {record["asked"] for record in records if "asked" in record}
+    committed = merged(part for record in records for part in _ranges(record))
+    return without(merged(part for text in asked for part in parse_seeds(text)), committed)
+
+
+def _listed(record: dict[str, Any], i: int) -> dict[str, Any] | None:
+    """The files of a record: name → its bytes and sha256; None if the record does not list them."""
+    if "files" in record:
+        return dict(record["files"])
+    try:
+        shard = shard_set.ShardRecord.parse(record)
+    except DataError:
+        return None
+    return {shard.name: {"sha256": shard.sha256}, f"{stem(i)}.npy": {"sha256": shard.sidecar_sha256}}
 
 
 def _problem(url: str, i: int, name: str, file: Any) -> str:
@@ -249,7 +310,7 @@ def _problem(url: str, i: int, name: str, file: Any) -> str:
     return ""
 
 
-def _numbers(url: str) -> list[int]:
+def recorded(url: str) -> list[int]:
     """The numbers of the shards that have a record, ascending."""
     return sorted(int(match[1]) for name in files.listdir(url) if (match := RECORD.fullmatch(name)))
 
@@ -259,6 +320,8 @@ def _read(url: str, i: int) -> dict[str, Any] | None:
     try:
         record = files.read_json(files.join(url, f"{stem(i)}.json"))
         _ranges(record)
+        if "asked" in record:
+            parse_seeds(record["asked"])
         kinds = {"provenance": dict, "count": int} | ({"files": dict} if "files" in record else {})
         return record if all(isinstance(record[key], kind) for key, kind in kinds.items()) else None
     except (FileNotFoundError, NotADirectoryError, DataError, ConfigError, AttributeError, KeyError, TypeError):
@@ -270,47 +333,6 @@ def _ranges(record: dict[str, Any]) -> tuple[range, ...]:
     return parse_seeds(record["seeds"]) if record["seeds"] != "" else ()
 
 
-def _within(seeds: tuple[range, ...], first: int, last: int) -> list[int]:
-    """The seeds in [first, last)."""
-    return [seed for part in seeds for seed in range(max(part.start, first), min(part.stop, last))]
-
-
 def stem(i: int) -> str:
     """The name of shard i without its ending."""
     return f"shard_{i:06d}"
-
-
-def parse_seeds(text: str) -> tuple[range, ...]:
-    """Parse `A-B` (inclusive), `A`, or a comma list of both into sorted ranges that do not overlap.
-
-    Raises:
-        ConfigError: the text is something else, or too many seeds.
-    """
-    ranges = []
-    for piece in text.split(","):
-        first, dash, last = piece.strip().partition("-")
-        if not _SEED.fullmatch(first) or (dash and not (_SEED.fullmatch(last) and int(last) >= int(first))):
-            raise ConfigError(f"--seeds {text}: write A-B (inclusive), A, or a comma list such as 0-99,500")
-        ranges.append(range(int(first), int(last or first) + 1))
-    merged: list[range] = []
-    for part in sorted(ranges, key=lambda part: part.start):
-        if merged and part.start <= merged[-1].stop:
-            merged[-1] = range(merged[-1].start, max(merged[-1].stop, part.stop))
-        else:
-            merged.append(part)
-    if merged[-1].stop > 1 << 62:
-        raise ConfigError(f"--seeds {text}: seeds go up to 2^62")
-    if sum(map(len, merged)) > _MAX_SEEDS:
-        raise ConfigError(f"--seeds {text}: more than {_MAX_SEEDS:,} at once: ask for fewer")
-    return tuple(merged)
-
-
-def seeds_text(seeds: list[int]) -> str:
-    """The inverse of `parse_seeds`, for ascending seeds."""
-    ranges: list[list[int]] = []
-    for seed in seeds:
-        if ranges and seed == ranges[-1][1] + 1:
-            ranges[-1][1] = seed
-        else:
-            ranges.append([seed, seed])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)

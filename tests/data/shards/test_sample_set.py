@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.shards import verify as integrity
-from pipeline.data.shards.sample_set import Format, SampleSet, parse_seeds, provenance, seeds_text, stem, verify
+from pipeline.data.shards.sample_set import Format, SampleSet, is_unfinished, provenance, stem, verify
+from pipeline.data.shards.seeds import count_within, merged, parse_seeds, ranges_text, seeds_text, without
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
@@ -115,6 +116,24 @@ def test_every_seed_is_asked_for_once_in_the_shard_of_its_number(pairs: list[tup
     assert [seed for _, seeds in shards for seed in seeds] == sorted(wanted)
     assert all(seeds and {seed // size for seed in seeds} == {i} for i, seeds in shards)
     assert [i for i, _ in shards] == sorted({seed // size for seed in wanted})
+
+
+_RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=6).map(
+    lambda pairs: merged(range(first, first + count) for first, count in pairs)
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(_RANGES, _RANGES)
+def test_what_is_left_of_ranges_is_what_is_left_of_their_seeds(
+    asked: tuple[range, ...], taken: tuple[range, ...]
+) -> None:
+    left = without(asked, taken)
+    assert {seed for part in left for seed in part} == {seed for part in asked for seed in part} - {
+        seed for part in taken for seed in part
+    }
+    assert all(left) and all(a.stop <= b.start for a, b in pairwise(left))
+    assert count_within(left, 5, 30) == sum(5 <= seed < 30 for part in left for seed in part)
 
 
 # --- a set on its way ---
@@ -239,6 +258,37 @@ def test_samples_stay_while_their_shard_is_extended(url: str, format: Format) ->
     with pytest.raises(DataError):
         target.write(0, failing(), {})
     assert target.committed(0) == {0, 1} and finish(target, "0-1")
+
+
+@pytest.mark.parametrize("format", ["tar", "png", "npz"])
+def test_an_unfinished_set_says_which_seeds_are_missing(url: str, format: Format) -> None:
+    target = replace(sample_set(url, format=format), asked=parse_seeds("2-29,40"))
+    draw(target, "2-29,40", only=[0, 3, 4, 10])
+    line = "are missing (18 in all): the same `ddpm sample` command draws them"
+    assert is_unfinished(url) and verify(url) == [f"seeds 4-11,20-29 {line}"]
+    damaged = files.join(url, {"tar": "shard_000003.tar", "png": "000000013.png", "npz": "shard_000003.npz"}[format])
+    whole = files.read_bytes(damaged)
+    files.write_bytes(damaged, whole[:-1] + b"x")
+    assert verify(url) == [
+        f"{damaged.rpartition('/')[2]}: does not have the sha256 of shard_000003.json", f"seeds 4-11,20-29 {line}"
+    ]  # fmt: skip
+    files.write_bytes(damaged, whole)
+    draw(target, "2-29,40")
+    assert format != "tar" or verify(url) == [
+        "index.json: missing, the set is not finished: the same `ddpm sample` command finishes it"
+    ]
+    assert finish(target, "2-29,40") and not is_unfinished(url) and verify(url) == []
+    more = replace(target, asked=parse_seeds("0-49"))  # another command extends it; the index is that of the first
+    draw(more, "0-49", only=[12])
+    assert verify(url) == [f"seeds 0-1,30-39,41-47 {line.replace('18', '19')}"]
+
+
+def test_a_long_list_of_seeds_is_not_repeated_in_each_record(url: str) -> None:
+    asked = parse_seeds(",".join(map(str, range(0, 10_000, 2))))
+    draw(replace(sample_set(url), asked=asked), "0-9", only=[0])
+    record = files.read_json(files.join(url, "shard_000000.json"))
+    assert "asked" not in record and ranges_text(asked).startswith("0,2,4,")
+    assert verify(url) == ["index.json: missing, the set is not finished: the same `ddpm sample` command finishes it"]
 
 
 @pytest.mark.parametrize("format", ["tar", "png", "npz"])
