@@ -62,7 +62,7 @@ def test_it_runs_as_nobody_in_particular(buildah: Buildah, container: str) -> No
     assert config["Entrypoint"] == ["ddpm"] and int(config["User"]) > 0
     report = json.loads(buildah.run(container, *config["Entrypoint"], "doctor", "--json", uid=SOMEBODY))
     assert report["ok"] and report["here"]["device"] == "cpu"
-    assert "shards → run → samples" in buildah.run(container, *config["Entrypoint"], "--help", uid=SOMEBODY)
+    assert "shards → run → samples → figures" in buildah.run(container, *config["Entrypoint"], "--help", uid=SOMEBODY)
     assert buildah.run(container, "id", "-u") == config["User"]
 
 

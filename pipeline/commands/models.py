@@ -1,0 +1,169 @@
+"""Commands of trained models: sample, evaluate."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pipeline import arguments, messages
+from pipeline.commands.options import AsJson, Quiet, path
+from pipeline.config import FixedVariance, SamplingOptions
+from pipeline.errors import ConfigError
+from pipeline.solvers import SamplerName, Spacing
+
+_STRENGTH = (
+    "With --from: share of the schedule's noise to add, above 0 (the image itself) to 1 (a new image). Default: 0.5."
+)
+_INTERPOLATE = (
+    "Draw N images from seed A to seed B of --seeds A,B, all of the class of A, into --grid (one row) or --video; for "
+    "samplers without noise."
+)
+_EMA_LENGTH = (
+    "Use an average of the weights of this length instead of the run's own: its width relative to the run, such as 0.08 "
+    "(σ_rel); for runs with run.ema_snapshot_every."
+)
+
+
+def _sampling(key: str, *names: str, **options: Any) -> Any:
+    """An option that is a key of the configuration's section `sample`; its help is the description there."""
+    return typer.Option(*names, help=SamplingOptions.model_fields[key].description, **options)
+
+
+def sample(
+    source: Annotated[
+        str,
+        typer.Argument(
+            callback=arguments.expand_homes,
+            metavar="RUN|CHECKPOINT|DIFFUSERS_DIR",
+            help="The trained model: a run, one of its checkpoints, or a directory of diffusers.",
+        ),
+    ],
+    seeds: Annotated[
+        str,
+        typer.Option(
+            metavar="A-B|A|LIST", help="Draw one image for each seed: A-B (both included), A, or a comma list of both."
+        ),
+    ],
+    out: Annotated[str | None, path("SAMPLES", "Directory or URL of the sample set to write or to extend.")] = None,
+    sampler: Annotated[SamplerName | None, _sampling("sampler")] = None,
+    steps: Annotated[int | None, _sampling("steps", min=1)] = None,
+    eta: Annotated[float | None, _sampling("eta", min=0, max=1)] = None,
+    spacing: Annotated[Spacing | None, _sampling("spacing")] = None,
+    variance: Annotated[FixedVariance | None, _sampling("variance")] = None,
+    batch: Annotated[int | None, _sampling("batch", min=1)] = None,
+    compile: Annotated[bool | None, _sampling("compile", "--compile/--no-compile")] = None,
+    label: Annotated[int | None, _sampling("label", min=0)] = None,
+    guidance: Annotated[float | None, _sampling("guidance", min=0)] = None,
+    guidance_interval: Annotated[str | None, _sampling("guidance_interval", metavar="FIRST-LAST")] = None,
+    dynamic_threshold: Annotated[float | None, _sampling("dynamic_threshold", min=0, max=1)] = None,
+    precision: Annotated[Literal["bf16", "fp32"] | None, _sampling("precision")] = None,
+    size: Annotated[str | None, _sampling("size", metavar="PX|HxW")] = None,
+    guide: Annotated[
+        str | None, path("RUN|CHECKPOINT", "Worse model for autoguidance, such as an earlier checkpoint of the run.")
+    ] = None,
+    shard_samples: Annotated[
+        int | None, typer.Option(min=1, help="Seeds in a shard, a multiple of --batch. Default: 1 to 4 batches.")
+    ] = None,
+    format: Annotated[
+        Literal["tar", "png", "npz"],
+        typer.Option(help="tar: tars of PNGs, a shard set; png: a PNG for each seed; npz: an array for each shard."),
+    ] = "tar",
+    grid: Annotated[str | None, path("FILE.png", "Also write a sheet of the first 100 images.")] = None,
+    video: Annotated[
+        str | None, path("FILE.mp4", "Also write a video of how the first images emerge from noise.")
+    ] = None,
+    trajectory: Annotated[
+        str | None, path("FILE.png", "Also write a sheet of the first 8 seeds, a row each, from noise to image.")
+    ] = None,
+    from_image: Annotated[
+        str | None,
+        path("IMAGE", "Start from this image with noise added (SDEdit): a variation for each seed.", "--from"),
+    ] = None,
+    strength: Annotated[float | None, typer.Option(metavar="S", help=_STRENGTH)] = None,
+    interpolate: Annotated[int | None, typer.Option(min=2, metavar="N", help=_INTERPOLATE)] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema/--no-ema", help="Use the averaged weights, or those of the last training step.")
+    ] = True,
+    ema_length: Annotated[float | None, typer.Option(metavar="LENGTH", help=_EMA_LENGTH)] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw samples. Any number of processes share the work; the same command again draws only missing images.
+
+    Options from --sampler to --size that are not given are those of the sample set if it was begun, else of the run.
+    """
+    from pipeline import sample as job
+    from pipeline.data.shards.seeds import parse_seeds
+    from pipeline.sampling.options import SamplingRequest
+
+    options = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing,
+               "variance": variance, "batch": batch, "compile": compile, "guidance": guidance,
+               "guidance_interval": arguments.interval(guidance_interval) if guidance_interval else None,
+               "dynamic_threshold": dynamic_threshold, "precision": precision, "label": label,
+               "size": arguments.size(size) if size else None}  # fmt: skip
+    request = SamplingRequest(
+        source, parse_seeds(seeds), {key: value for key, value in options.items() if value is not None}, out=out,
+        format=format, shard_samples=shard_samples, grid=grid, video=video, trajectory=trajectory,
+        from_image=from_image, strength=strength, interpolate=interpolate, ema=ema, ema_length=ema_length,
+        guide=guide,
+    )  # fmt: skip
+    result = job.sample(request, quiet=quiet)
+    if as_json:
+        messages.summary(json.dumps(result))
+
+
+def evaluate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            callback=arguments.expand_homes,
+            metavar="SAMPLES|RUN",
+            help="Sample set, or any shard set; with --likelihood a run, a checkpoint or a diffusers directory.",
+        ),
+    ],
+    against: Annotated[str | None, path("SHARDSET", "Shard set to compare the samples with.")] = None,
+    features: Annotated[
+        str | None,
+        path(
+            "FILE|inception",
+            "Network in whose features sets are compared: .npz of a CIFAR ResNet, TorchScript, or .pt2 of torch.export; "
+            "inception: the standard file of FID, fetched once. TorchScript runs code: name only files that you trust.",
+        ),
+    ] = None,
+    likelihood: Annotated[
+        str | None,
+        path("SHARDSET", "Instead: bits per dimension of this set by the model; as many passes as timesteps."),
+    ] = None,
+    cache: Annotated[
+        str | None, path("DIR", "Where features are kept, 4 bytes a feature and image. Default: beside each set.")
+    ] = None,
+    nearest: Annotated[
+        str | None, path("FILE.png", "Also write a sheet of samples beside their nearest images of --against.")
+    ] = None,
+    log: Annotated[
+        str | None, path("RUN", "Also write the figures into the TensorBoard of the run that drew the samples.")
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="With --likelihood: use the averaged weights.")] = True,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure samples against a shard set, with 95 % intervals. Any number of processes share the work.
+
+    Features of each shard are computed once and kept; the same command again computes only missing ones.
+    """
+    from pipeline import evaluate as job
+
+    if likelihood:
+        if against or features or nearest or log:
+            raise ConfigError(
+                "--likelihood goes with --cache only: leave --against, --features, --nearest and --log out"
+            )
+        result = job.likelihood(source, likelihood, cache=cache, ema=ema, quiet=quiet)
+    elif not (against and features):
+        raise ConfigError("give --against SHARDSET and --features FILE|inception, or --likelihood SHARDSET")
+    else:
+        request = job.EvaluationRequest(source, against, features, cache=cache, nearest=nearest, log=log)
+        result = job.evaluate(request, quiet=quiet)
+    messages.result(json.dumps(result) if as_json else job.as_table(result))

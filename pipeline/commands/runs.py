@@ -1,0 +1,69 @@
+"""Commands of runs: train, plan, doctor."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from pipeline import arguments, messages
+from pipeline.commands.options import AsJson, ConfigFile, Quiet, Settings, path
+from pipeline.errors import DataError
+
+
+def train(
+    config: ConfigFile,
+    settings: Settings = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Allow a resumed run to change this key, such as train.lr, which it otherwise keeps."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train, or resume the run in run.dir. With many processes: accelerate launch -m pipeline.train --config C.yaml."""
+    from pipeline.cluster.launch_environment import process_rank
+    from pipeline.config_file import check_keys
+    from pipeline.train import train as job
+
+    check_keys(override or ())
+    loaded = arguments.configuration(config, settings or (), processes=process_rank().size)
+    job(loaded, overrides=override or (), quiet=quiet)
+
+
+def plan(
+    config: ConfigFile,
+    settings: Settings = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Images in the shard set, to show epochs in steps.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(metavar="24GiB", help="Memory of the GPU: marks what fits.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="h100, a100, 4090, …: shows images/s at 40 % of its bf16 peak.")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(metavar="400e12", min=1, help="FLOP/s measured in training, instead of --gpu.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a configuration needs before it runs: memory and time on a GPU, numbers of processes, sizes on disk."""
+    memory_bytes = arguments.memory(memory) if memory else None
+    from pipeline import plan as job
+
+    loaded = arguments.configuration(config, settings or ())
+    result = job.plan(loaded, samples) | job.on_a_gpu(loaded, memory_bytes=memory_bytes, gpu=gpu, flops=flops)
+    messages.result(json.dumps(result) if as_json else job.as_text(result))
+
+
+def doctor(
+    run: Annotated[str | None, path("RUN", "Also show the state of this run.")] = None, as_json: AsJson = False
+) -> None:
+    """Show what this machine has, how a run here would work, and what is missing. Exit code 3: a run is impossible."""
+    from pipeline import doctor as job
+
+    report = job.examine(run)
+    messages.result(json.dumps(report) if as_json else job.as_text(report))
+    if not report["ok"]:
+        raise DataError("no run can be made here: mend what is listed as missing above")
