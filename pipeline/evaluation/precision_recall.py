@@ -19,6 +19,8 @@ from pipeline.evaluation.intervals import Figure, around, in_subsets, jackknife_
 from pipeline.evaluation.neighbours import nearest_others, squared_distances
 
 K_RECALL, K_COVERAGE = 3, 5
+_BORDER = 1 + 1e-9
+"""The border of a ball is in it, although the same distance is computed twice with different rounding."""
 
 
 def precision_recall(samples: NDArray[np.float32], reference: NDArray[np.float32]) -> dict[str, Figure]:
@@ -56,22 +58,23 @@ class _Pairs:
         n, m = len(samples), len(reference)
         own = _squared_radii(samples)[1]
         self._near, others = _squared_radii(reference)
-        self._precise, self._recalled = 0, np.zeros(m, np.bool_)
+        self._precise, self._recalled = np.zeros(n, np.bool_), np.zeros(m, np.bool_)
         self.balls_of_sample = np.zeros(n, np.int64)
         """Balls of K_COVERAGE neighbours around each sample, (n,)."""
         self._samples_of_ball = np.zeros((2, m), np.int64)
         """Samples in the balls of K_COVERAGE neighbours and in those of one more, (2, m)."""
-        for block, distances in squared_distances(samples, reference):
-            self._precise += int(np.count_nonzero((distances <= others[K_RECALL]).any(axis=1)))
-            self._recalled |= (distances <= own[K_RECALL][block, None]).any(axis=0)
-            inside = distances <= others[K_COVERAGE]
-            self.balls_of_sample[block] = inside.sum(axis=1)
-            self._samples_of_ball += inside.sum(axis=0), (distances <= others[K_COVERAGE + 1]).sum(axis=0)
+        for rows, columns, distances in squared_distances(samples, reference):
+            tight, wide, wider = (others[k][columns] for k in (K_RECALL, K_COVERAGE, K_COVERAGE + 1))
+            self._precise[rows] |= (distances <= tight).any(axis=1)
+            self._recalled[columns] |= (distances <= own[K_RECALL][rows, None]).any(axis=0)
+            inside = distances <= wide
+            self.balls_of_sample[rows] += inside.sum(axis=1)
+            self._samples_of_ball[:, columns] += inside.sum(axis=0), (distances <= wider).sum(axis=0)
 
     def shares(self) -> tuple[float, float, float]:
         """Precision, recall, coverage."""
         covered = self._samples_of_ball[0] > 0
-        return self._precise / len(self.balls_of_sample), float(self._recalled.mean()), float(covered.mean())
+        return float(self._precise.mean()), float(self._recalled.mean()), float(covered.mean())
 
     def inside_without(self) -> NDArray[np.float64]:
         """(m,): the number of pairs of a sample and a ball around it, without each of the reference images.
@@ -88,5 +91,5 @@ def _squared_radii(rows: NDArray[np.float32]) -> tuple[NDArray[np.int64], dict[i
     """The K_COVERAGE nearest others of each image, (N, K_COVERAGE), and its squared radii by number of neighbours."""
     listed = min(K_COVERAGE + 1, len(rows) - 1)
     near, distances = nearest_others(rows, listed)
-    radii = {k: distances[:, min(k, listed) - 1] ** 2 for k in (K_RECALL, K_COVERAGE, K_COVERAGE + 1)}
+    radii = {k: distances[:, min(k, listed) - 1] ** 2 * _BORDER for k in (K_RECALL, K_COVERAGE, K_COVERAGE + 1)}
     return near[:, :K_COVERAGE], radii
