@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.evaluation.frechet import frechet_figures
 from pipeline.evaluation.inception_score import inception_score
-from pipeline.evaluation.intervals import Figure
+from pipeline.evaluation.intervals import FEWEST, Figure
 from pipeline.evaluation.kernel_distance import kernel_distance
 from pipeline.evaluation.precision_recall import K_COVERAGE, precision_recall
 
@@ -74,6 +74,11 @@ def notes(n: int, reference_n: int, dimensions: int) -> list[str]:
             lines.append(
                 f"{dimensions:,} features need more than {2 * dimensions:,} {of} for the interval of the Fréchet "
                 f"distance and its value at infinity; there are {count:,}: both may be wrong"
+            )
+        if count < FEWEST:
+            lines.append(
+                f"the intervals of precision, recall, density and coverage need {FEWEST} {of} for subsets of 32; there "
+                f"are {count}: they are rough"
             )
         if count <= K_COVERAGE:
             lines.append(

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-_PAIRS = 1 << 23
-"""Pairs in a block, 64 MiB; a few such arrays exist at a time."""
-_ROWS = 4096
+_ROWS, _COLUMNS = 1024, 2048
+"""A block of pairs is 16 MiB, which a cache holds better than larger ones; a few such arrays exist at a time."""
 _EQUAL = 1e-12
 
 
@@ -49,40 +48,41 @@ def nearest_others(rows: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64]
 def _nearest(
     samples: NDArray[np.float32], reference: NDArray[np.float32], k: int, *, same: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    indices, squared = np.empty((len(samples), k), np.int64), np.empty((len(samples), k))
-    for block, distances in squared_distances(samples, reference):
+    indices, squared = np.zeros((len(samples), k), np.int64), np.full((len(samples), k), np.inf)
+    for rows, columns, distances in squared_distances(samples, reference):
         if same:
-            distances[np.arange(len(distances)), np.arange(len(samples))[block]] = np.inf
-        near = np.sort(np.argpartition(distances, k - 1, axis=1)[:, :k], axis=1)
-        found = np.take_along_axis(distances, near, axis=1)
-        order = np.argsort(found, axis=1, kind="stable")
-        indices[block] = np.take_along_axis(near, order, axis=1)
-        squared[block] = np.take_along_axis(found, order, axis=1)
+            distances[np.arange(rows.start, rows.stop)[:, None] == np.arange(columns.start, columns.stop)] = np.inf
+        listed = min(k, distances.shape[1])
+        near = np.sort(np.argpartition(distances, listed - 1, axis=1)[:, :listed], axis=1)
+        found = np.concatenate((squared[rows], np.take_along_axis(distances, near, axis=1)), axis=1)
+        order = np.argsort(found, axis=1, kind="stable")[:, :k]
+        squared[rows] = np.take_along_axis(found, order, axis=1)
+        indices[rows] = np.take_along_axis(np.concatenate((indices[rows], near + columns.start), axis=1), order, axis=1)
     return indices, np.sqrt(squared)
 
 
 def squared_distances(
     samples: NDArray[np.float32], reference: NDArray[np.float32]
-) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Squared distances of blocks of samples to all of the reference.
+) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
+    """Squared distances of all pairs, in blocks.
 
     Args:
         samples: (n, D).
         reference: (m, D).
 
     Yields:
-        The samples of the block, and (B, m).
+        Which samples, which reference images, and their distances, (rows, columns).
     """
     centre = reference.mean(axis=0, dtype=np.float64)  # keeps the norms, and so the rounding, small
-    height = max(_PAIRS // len(reference), 1)
-    for start in range(0, len(samples), height):
-        block = slice(start, start + height)
-        rows = samples[block] - centre
-        length = (rows * rows).sum(axis=1)[:, None]
-        distances = np.empty((len(rows), len(reference)))
-        for other in (slice(begin, begin + _ROWS) for begin in range(0, len(reference), _ROWS)):
-            others = reference[other] - centre
-            scale = length + (others * others).sum(axis=1)
-            part = scale - 2 * (rows @ others.T)
-            distances[:, other] = np.where(part > _EQUAL * scale, part, 0)
-        yield block, distances
+    for rows in _slices(len(samples), _ROWS):
+        left = samples[rows] - centre
+        length = (left * left).sum(axis=1)[:, None]
+        for columns in _slices(len(reference), _COLUMNS):
+            right = reference[columns] - centre
+            scale = length + (right * right).sum(axis=1)
+            distances = scale - 2 * (left @ right.T)
+            yield rows, columns, np.where(distances > _EQUAL * scale, distances, 0)
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
