@@ -38,9 +38,6 @@ class GroupNorm(nn.GroupNorm):
     The kernels compute statistics of 16-bit input in float32. Autocast would also store the whole result in float32.
     """
 
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, eps=1e-6)
-
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """(B, C, H, W) → the same shape and dtype; weight and bias, (C,), replace the layer's own if given."""
         weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
@@ -60,14 +57,22 @@ class ResidualBlock(nn.Module):
     """Two convolutions with normalization and a shortcut; the embedding is added between the convolutions."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, embedding: int, groups: int, dropout: float, scale_shift: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        embedding: int,
+        groups: int,
+        eps: float,
+        dropout: float,
+        scale_shift: bool,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = GroupNorm(groups, in_channels)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = glorot(RecomputeConv2d(in_channels, out_channels, 3, padding=1))
         self.embed = glorot(Float32Linear(embedding, 2 * out_channels if scale_shift else out_channels))
-        self.norm2 = GroupNorm(groups, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = Dropout(dropout)
         self.conv2 = glorot(RecomputeConv2d(out_channels, out_channels, 3, padding=1), _NEAR_ZERO)
         self.shortcut = (
@@ -123,10 +128,10 @@ def _join(*parts: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over all pixels, with a shortcut."""
 
-    def __init__(self, channels: int, head_channels: int, groups: int) -> None:
+    def __init__(self, channels: int, heads: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.heads = channels // head_channels
-        self.norm = GroupNorm(groups, channels)
+        self.heads = heads
+        self.norm = GroupNorm(groups, channels, eps)
         self.qkv = glorot(nn.Linear(channels, 3 * channels), parts=3)
         self.out = glorot(nn.Linear(channels, channels), _NEAR_ZERO)
 
@@ -139,15 +144,19 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2, padded only on the right and at the bottom, like TensorFlow's SAME."""
+    """A convolution of stride 2.
 
-    def __init__(self, channels: int) -> None:
+    Padding 0 pads only on the right and at the bottom, like TensorFlow's SAME; padding 1 on all sides.
+    """
+
+    def __init__(self, channels: int, padding: int = 0) -> None:
         super().__init__()
-        self.conv = glorot(RecomputeConv2d(channels, channels, 3, stride=2))
+        self.conv = glorot(RecomputeConv2d(channels, channels, 3, stride=2, padding=padding))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H/2, W/2)."""
-        halved: Tensor = self.conv(x, prepare=lambda x: F.pad(x, (0, 1, 0, 1)))
+        pad = None if self.conv.padding[0] else lambda x: F.pad(x, (0, 1, 0, 1))
+        halved: Tensor = self.conv(x, prepare=pad)
         return halved
 
 
@@ -166,9 +175,9 @@ class Upsample(nn.Module):
 class Head(nn.Module):
     """The output layer: features → prediction."""
 
-    def __init__(self, channels: int, out_channels: int, groups: int) -> None:
+    def __init__(self, channels: int, out_channels: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.norm = GroupNorm(groups, channels)
+        self.norm = GroupNorm(groups, channels, eps)
         self.conv = glorot(RecomputeConv2d(channels, out_channels, 3, padding=1), _NEAR_ZERO)
 
     def forward(self, x: Tensor) -> Tensor:

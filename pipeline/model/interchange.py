@@ -43,16 +43,14 @@ _FIXED: dict[str, tuple[Any, Any]] = {
     "add_attention": (True, True),
     "center_input_sample": (False, False),
     "class_embed_type": (None, None),
-    "downsample_padding": (0, 1),
     "downsample_type": ("conv", "conv"),
-    "flip_sin_to_cos": (False, True),
-    "freq_shift": (1, 0),
     "mid_block_scale_factor": (1, 1),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
-    "norm_eps": (1e-6, 1e-5),
     "time_embedding_type": ("positional", "positional"),
     "upsample_type": ("conv", "conv"),
 }
+# Keys of equal names and meanings here and there → the default in diffusers.
+_SAME: dict[str, Any] = {"norm_eps": 1e-5, "downsample_padding": 1, "freq_shift": 0, "flip_sin_to_cos": True}
 _READ = {
     "attention_head_dim", "attn_norm_num_groups", "block_out_channels", "down_block_types", "dropout", "in_channels",
     "layers_per_block", "norm_num_groups", "num_class_embeds", "out_channels", "resnet_time_scale_shift",
@@ -116,18 +114,20 @@ def diffusers_config(section: ModelSection, channels: int, size: tuple[int, int]
         size: (H, W) of the images, in pixels.
 
     Raises:
-        ConfigError: `channel_mults` does not start with 1, as diffusers requires.
+        ConfigError: diffusers cannot express the network: `channel_mults` does not start with 1, `timestep_scale` is
+            not 1, or the number of heads does not give heads of one size.
     """
-    if section.channel_mults[0] != 1:
-        raise ConfigError(
-            f"model.channel_mults: begins with {section.channel_mults[0]}, which diffusers cannot express: it must be 1"
-        )
     groups = section.groups
     attends = [min(size) >> level in section.attention_sizes for level in range(len(section.channel_mults))]
+    _check_expressible(section, attends)
+    several = section.num_heads if section.num_heads != 1 else None
     return {
         "_class_name": "UNet2DModel",
         **{key: supported for key, (supported, _) in _FIXED.items()},
-        "attention_head_dim": section.head_channels,
+        **{key: getattr(section, key) for key in _SAME},
+        "attention_head_dim": section.base_channels * section.channel_mults[-1] // several
+        if several
+        else section.head_channels,
         "attn_norm_num_groups": groups,
         "block_out_channels": [section.base_channels * mult for mult in section.channel_mults],
         "down_block_types": ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
@@ -142,6 +142,24 @@ def diffusers_config(section: ModelSection, channels: int, size: tuple[int, int]
         "sample_size": size[0] if size[0] == size[1] else list(size),
         "up_block_types": ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
     }
+
+
+def _check_expressible(section: ModelSection, attends: list[bool]) -> None:
+    if section.channel_mults[0] != 1:
+        raise ConfigError(
+            f"model.channel_mults: begins with {section.channel_mults[0]}, which diffusers cannot express: it must be 1"
+        )
+    if section.timestep_scale != 1:
+        raise ConfigError(
+            f"model.timestep_scale: {section.timestep_scale:g}, which diffusers cannot express: it must be 1"
+        )
+    # The middle always attends.
+    attending = {mult for mult, attention in zip(section.channel_mults, attends) if attention}
+    if section.num_heads not in (None, 1) and not attending <= {section.channel_mults[-1]}:
+        raise ConfigError(
+            f"model.num_heads: {section.num_heads} heads at levels of different widths, which diffusers cannot express:"
+            " only heads of one size, as model.head_channels gives them"
+        )
 
 
 def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int, tuple[int, int]]:
@@ -178,9 +196,13 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
     problems += [
         f"{printable(key)} is {repr(value)[:80]}, which no UNet2DModel known here has"
         for key, value in config.items()
-        if value is not None and not (key.startswith("_") or key in _FIXED or key in _READ or key in _IGNORED)
+        if value is not None
+        and not (key.startswith("_") or key in _FIXED or key in _READ or key in _SAME or key in _IGNORED)
     ]
+    same = {key: config.get(key, default) for key, default in _SAME.items()}
     wanted = {
+        "downsample_padding": (same["downsample_padding"], (0, 1)),
+        "freq_shift": (same["freq_shift"], (0, 1)),
         "out_channels": (out_channels, (channels, 2 * channels)),
         "norm_num_groups": (base % groups, (0,)),
         "attn_norm_num_groups": (
@@ -208,6 +230,7 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
         **({} if classes is None else classes),
         scale_shift=scale_shift == "scale_shift",
         learned_variance=out_channels == 2 * channels,
+        **same,
     )
     return section, channels, (height, width)
 

@@ -202,7 +202,7 @@ def load(source: str, device: torch.device, *, ema: bool = True, guide: str | No
     """
     set_torch_flags()
     model = read(source, ema=ema)
-    process = DiffusionProcess.of(model.config.diffusion, clip=model.clip).to(device)
+    process = DiffusionProcess.of(model.config.diffusion, clip=model.config.sample.clip).to(device)
     other = None
     if guide is not None:
         other = read(guide, ema=ema)

@@ -31,8 +31,6 @@ class Pretrained(NamedTuple):
     weights: dict[str, Tensor]
     identity: str
     """sha256 of everything that determines its samples."""
-    clip: bool = True
-    """Whether sampling clips estimates of the clean image."""
     class_names: Sequence[str] | None = None
     """By class number; None if the names are not known."""
 
@@ -74,7 +72,7 @@ def _read_diffusers(source: str, directory: str) -> Pretrained:
             model=model,
             diffusion=diffusion,
             train=TrainSection(precision="fp32"),
-            sample=SamplingOptions(variance=variance),
+            sample=SamplingOptions(variance=variance, clip=clip),
         )
     except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:  # pydantic's are ValueErrors
         reason = " ".join(str(error).split())[:300]
@@ -86,7 +84,7 @@ def _read_diffusers(source: str, directory: str) -> Pretrained:
     classes = [model.num_classes] if model.num_classes and not model.label_dropout else []
     settings = json.dumps([stored.unet, stored.scheduler, *classes], sort_keys=True)
     identity = hashlib.sha256(b"".join(stored.data) + settings.encode()).hexdigest()
-    return Pretrained(config, weights, identity, clip, _class_names(source, stored.class_names, model.num_classes))
+    return Pretrained(config, weights, identity, _class_names(source, stored.class_names, model.num_classes))
 
 
 def _class_names(source: str, stored: Any, count: int) -> tuple[str, ...] | None:
@@ -141,13 +139,17 @@ def with_classes(model: Pretrained, names: Sequence[str], what: str) -> Pretrain
 
 def different_networks(there: Config, here: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that give equal weights a different meaning: key → (first value, second value)."""
-    harmless = ("model.dropout", "model.label_dropout", "model.attention_sizes", "model.norm_groups")
+    harmless = [
+        f"model.{key}"
+        for key in ("dropout", "label_dropout", "attention_sizes", "norm_groups", "head_channels", "num_heads")
+    ]
     different = {key: values for key, values in differences(there, here).items()
                  if (key.startswith("model.") and key not in harmless) or key == "data.channels"}  # fmt: skip
     more = {
         "model.norm_groups": (there.model.groups, here.model.groups),
         # Sizes in pixels may differ if the images have another size.
         "the levels with attention, by model.attention_sizes": (_attending_levels(there), _attending_levels(here)),
+        "the heads of attention, by model.head_channels or model.num_heads": (_heads(there), _heads(here)),
     }
     return different | {key: values for key, values in more.items() if values[0] != values[1]}
 
@@ -160,6 +162,13 @@ def listed_differences(different: dict[str, tuple[Any, Any]]) -> str:
 def _attending_levels(config: Config) -> list[int]:
     side, sizes = min(config.data.height_width), config.model.attention_sizes
     return [level for level in range(len(config.model.channel_mults)) if side >> level in sizes]
+
+
+def _heads(config: Config) -> list[int]:
+    """Of each level with attention, then of the middle block."""
+    section, mults = config.model, config.model.channel_mults
+    attending = [mults[level] for level in _attending_levels(config)] + [mults[-1]]
+    return [section.attention_heads(section.base_channels * mult) for mult in attending]
 
 
 def check_weights(model: Pretrained, source: str) -> None:

@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "solvers": set(),
     "untrusted": {"errors"},
     "messages": {"errors"},
-    "config": {"solvers", "units", "errors"},
+    "model_section": set(),
+    "config": {"model_section", "solvers", "units", "errors"},
     "config_file": {"config", "errors"},
     "storage": {"messages", "untrusted", "errors"},
     "arguments": {"config", "config_file", "storage", "errors"},
@@ -66,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 PURE = {
     "pipeline.units",
     "pipeline.config",
+    "pipeline.model_section",
     "pipeline.config_file",
     "pipeline.keyed_random",
     "pipeline.solvers",
