@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pipeline import arguments, messages
+from pipeline import arguments, cli_interchange, messages
 from pipeline.cluster.interrupt import signals_to
 from pipeline.cluster.launch_environment import count
+from pipeline.command_options import AsJson, Quiet
+from pipeline.command_options import path as _path
 from pipeline.config import FixedVariance, SamplingOptions
 from pipeline.errors import DataError, PipelineError, Stopped
 from pipeline.solvers import SamplerName, Spacing
@@ -27,18 +29,11 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show warnings and errors only.")]
 MaxBadFraction = Annotated[float, typer.Option(min=0, max=1, help="Largest share of inputs, 0 to 1, that may be rejected; with more, the command fails with exit code 3.")]  # fmt: skip
 ImageExt = Annotated[str | None, typer.Option(metavar="EXT[,EXT...]", help="Extensions of the images in tars, such as jpg. Default: any image format; of several images of a sample the one with the simplest extension (jpg before seg.png).")]  # fmt: skip
 ConfigFile = Annotated[str, typer.Option(metavar="C.yaml", help="Configuration of the run, a YAML file.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[key=value...]", help="Settings that replace those of the file, such as train.lr=1e-4.")]  # fmt: skip
 Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: one for each CPU core. The result does not depend on it.")]  # fmt: skip
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-
-
-def _path(metavar: str, help: str) -> Any:
-    """An option that is a path or URL."""
-    return typer.Option(callback=arguments.expand_homes, metavar=metavar, help=help)
 
 
 def _sampling(key: str, *names: str, **options: Any) -> Any:
@@ -287,6 +282,10 @@ def sample(
     result = job.sample(request, quiet=quiet)
     if as_json:
         messages.summary(json.dumps(result))
+
+
+app.command()(cli_interchange.export)
+app.command("import")(cli_interchange.import_model)
 
 
 @app.command()

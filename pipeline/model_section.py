@@ -66,6 +66,9 @@ class ModelSection(Section):
     """The network also outputs the variance of each step (Nichol & Dhariwal 2021, eq. 15)."""
     norm_eps: PositiveFloat = 1e-6
     """ε of each GroupNorm; 1e-5 in PyTorch, diffusers and networks of OpenAI."""
+    resample_blocks: bool = False
+    """Halve and double images within residual blocks, by averages and repetition, instead of by convolutions: in
+    guided-diffusion resblock_updown, in diffusers downsample_type and upsample_type resnet."""
     downsample_padding: Literal[0, 1] = 0
     """Padding of the convolutions that halve an image: 0: one pixel on the right and at the bottom, as in the paper's
     code; 1: one pixel on all sides, as in PyTorch, diffusers and networks of OpenAI."""

@@ -113,7 +113,8 @@ def test_a_circle_of_parents_is_refused() -> None:
 
 LATER = {
     "model": (
-        "norm_groups", "num_heads", "norm_eps", "downsample_padding", "freq_shift", "flip_sin_to_cos", "timestep_scale",
+        "norm_groups", "num_heads", "norm_eps", "resample_blocks", "downsample_padding", "freq_shift",
+        "flip_sin_to_cos", "timestep_scale",
     ),
     "diffusion": ("log_snr_shift", "log_snr_min", "sigmoid_bias"),
     "sample": (

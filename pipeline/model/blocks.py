@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's name
@@ -54,7 +54,11 @@ class Dropout(nn.Dropout):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with normalization and a shortcut; the embedding is added between the convolutions."""
+    """Two convolutions with normalization and a shortcut; the embedding is added between the convolutions.
+
+    With `resample` the images are halved or doubled before the first convolution and in the shortcut (Brock et al.
+    2019, arXiv:1809.11096, figure 15).
+    """
 
     def __init__(
         self,
@@ -66,9 +70,11 @@ class ResidualBlock(nn.Module):
         eps: float,
         dropout: float,
         scale_shift: bool,
+        resample: Literal["down", "up"] | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
+        self.resample = resample
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = glorot(RecomputeConv2d(in_channels, out_channels, 3, padding=1))
         self.embed = glorot(Float32Linear(embedding, 2 * out_channels if scale_shift else out_channels))
@@ -88,7 +94,8 @@ class ResidualBlock(nn.Module):
             shortcut: Tensor = self.shortcut(*parts, prepare=_join if len(parts) > 1 else None)
         else:
             shortcut = _join(*parts)
-        h = _activated(self.conv1, self.norm1, *parts)
+        shortcut = _resampled(shortcut, self.resample)
+        h = _activated(self.conv1, self.norm1, *parts, resample=self.resample)
         condition: Tensor = self.embed(embedding)[:, :, None, None]
         if self.scale_shift:
             scale, shift = condition.chunk(2, dim=1)
@@ -104,8 +111,9 @@ def _activated(
     *parts: Tensor,
     affine: tuple[Tensor, ...] = (),
     dropout: Callable[[Tensor], Tensor] | None = None,
+    resample: Literal["down", "up"] | None = None,
 ) -> Tensor:
-    """Concatenation, normalization, scale and shift (if given), SiLU, dropout (if given), convolution."""
+    """Concatenation, normalization, scale and shift, SiLU, resampling, dropout (each if given), convolution."""
     count = len(parts)
 
     def prepare(*inputs: Tensor) -> Tensor:
@@ -114,11 +122,18 @@ def _activated(
         if affine:
             scale, shift = affine
             x = x * scale + shift
-        x = F.silu(x)
+        x = _resampled(F.silu(x), resample)
         return dropout(x) if dropout else x
 
     convolved: Tensor = conv(*parts, norm.weight, norm.bias, *affine, prepare=prepare)
     return convolved
+
+
+def _resampled(x: Tensor, how: Literal["down", "up"] | None) -> Tensor:
+    """(B, C, H, W) → H/2 and W/2 by averages, 2H and 2W by repetition, or as it is."""
+    if how is None:
+        return x
+    return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _join(*parts: Tensor) -> Tensor:

@@ -79,14 +79,15 @@ class UNet(nn.Module):
         """
         super().__init__()
         base, widths = section.base_channels, [section.base_channels * mult for mult in section.channel_mults]
-        _check_section(section, widths)
+        attends = [min(size) >> index in section.attention_sizes for index in range(len(widths))]
+        _check_section(section, [width for width, attention in zip(widths, attends) if attention] + widths[-1:])
         self.halvings = len(widths) - 1
         self._check_size(*size)
         self.null_label = section.num_classes
         # All widths are multiples of the base, so one number of groups fits every norm, as in diffusers.
         groups, eps, embedding, dropouts = section.groups, section.norm_eps, 4 * base, section.dropout_by_level
 
-        def block(in_channels: int, level: int) -> ResidualBlock:
+        def block(in_channels: int, level: int, resample: Literal["down", "up"] | None = None) -> ResidualBlock:
             return ResidualBlock(
                 in_channels,
                 widths[level],
@@ -95,16 +96,16 @@ class UNet(nn.Module):
                 eps=eps,
                 dropout=dropouts[level],
                 scale_shift=section.scale_shift,
+                resample=resample,
             )
 
         def attention(width: int) -> Attention:
             return Attention(width, section.attention_heads(width), groups, eps)
 
         def level(index: int, inputs: list[int], resample: nn.Module | None) -> Level:
-            attends = min(size) >> index in section.attention_sizes
             return Level(
                 [block(width, index) for width in inputs],
-                [attention(widths[index]) if attends else nn.Identity() for _ in inputs],
+                [attention(widths[index]) if attends[index] else nn.Identity() for _ in inputs],
                 resample,
             )
 
@@ -121,17 +122,23 @@ class UNet(nn.Module):
         self.class_embedding = nn.Embedding(section.num_classes + 1, embedding) if section.num_classes else None
         self.conv_in = glorot(nn.Conv2d(channels, base, 3, padding=1))
 
-        halve = partial(Downsample, padding=section.downsample_padding)
+        def resampling(level: int, direction: Literal["down", "up"]) -> nn.Module:
+            if section.resample_blocks:
+                return block(widths[level], level, direction)
+            return (
+                Upsample(widths[level]) if direction == "up" else Downsample(widths[level], section.downsample_padding)
+            )
+
         blocks, skips, width, down, up = section.blocks_per_level, [base], base, [], []
         for index, out in enumerate(widths):
             halves = index < self.halvings
-            down.append(level(index, [width] + [out] * (blocks - 1), halve(out) if halves else None))
+            down.append(level(index, [width] + [out] * (blocks - 1), resampling(index, "down") if halves else None))
             skips += [out] * (blocks + halves)
             width = out
         middle = Level([block(width, self.halvings), block(width, self.halvings)], [attention(width)])
         for index, out in reversed(list(enumerate(widths))):
             inputs = [features + skips.pop() for features in [width] + [out] * blocks]
-            up.append(level(index, inputs, Upsample(out) if index else None))
+            up.append(level(index, inputs, resampling(index, "up") if index else None))
             width = out
         self.down, self.middle, self.up = nn.ModuleList(down), middle, nn.ModuleList(up)
         self.head = Head(width, 2 * channels if section.learned_variance else channels, groups, eps)
@@ -198,7 +205,8 @@ class UNet(nn.Module):
                 x = self._run(attention, self._run(block, embedding, x))
                 skips.append(x)
             if level.resample is not None:
-                x = level.resample(x)
+                is_block = isinstance(level.resample, ResidualBlock)
+                x = self._run(level.resample, embedding, x) if is_block else level.resample(x)
                 skips.append(x)
         before, after = self.middle.blocks
         (attention,) = self.middle.attentions
@@ -208,7 +216,10 @@ class UNet(nn.Module):
             for block, attention in zip(level.blocks, level.attentions):
                 x = self._run(attention, self._run_upsampled(upsample, block, embedding, x, skips.pop()))
                 upsample = nn.Identity()
-            upsample = level.resample or upsample
+            if isinstance(level.resample, ResidualBlock):
+                x = self._run(level.resample, embedding, x)
+            else:
+                upsample = level.resample or upsample
         output: Tensor = self.head(x)
         return output.to(embedding.dtype)
 

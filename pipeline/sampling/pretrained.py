@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from pipeline import config_file, messages
 from pipeline.checkpoints.checkpoint import find_checkpoint, first_not_finite
-from pipeline.config import Config, DataSection, SamplingOptions, TrainSection, differences
+from pipeline.config import Config, DataSection, DiffusionSection, SamplingOptions, TrainSection, differences
 from pipeline.data.sources.labels import class_names
+from pipeline.diffusion.process import DiffusionProcess
 from pipeline.errors import ConfigError, DataError
 from pipeline.model import diffusers_directory, interchange
 from pipeline.model.scheduler_config import diffusion_from_diffusers
@@ -33,6 +35,8 @@ class Pretrained(NamedTuple):
     """sha256 of everything that determines its samples."""
     class_names: Sequence[str] | None = None
     """By class number; None if the names are not known."""
+    state: Mapping[str, Any] = MappingProxyType({})
+    """The state.json of its checkpoint; empty for a model from elsewhere."""
 
 
 def read(source: str, *, ema: bool) -> Pretrained:
@@ -50,7 +54,10 @@ def read(source: str, *, ema: bool) -> Pretrained:
     if directory := diffusers_directory.find(source):
         return _read_diffusers(source, directory)
     if files.exists(source) and not files.is_dir(source):
-        raise ConfigError(f"{source} is a file: give a run, a checkpoint or a diffusers directory")
+        remedy = "give a run, a checkpoint or a diffusers directory"
+        if source.endswith((".pt", ".pth", ".ckpt", ".bin")):
+            remedy = f"make a run of it with `ddpm import {source} --out RUN`, and give that"
+        raise ConfigError(f"{source} is a file: {remedy}")
     checkpoint, rejected = find_checkpoint(source)
     for line in rejected:
         messages.warning(f"{source}: {line}")
@@ -58,7 +65,7 @@ def read(source: str, *, ema: bool) -> Pretrained:
     config = config_file.parse_stored(state["config"], f"{checkpoint.path}/state.json")
     weights = checkpoint.tensors("ema" if ema else "model")
     return Pretrained(config, weights, checkpoint.manifest_sha256,
-                  class_names=_class_names(source, state.get("classes"), config.model.num_classes))  # fmt: skip
+                  _class_names(source, state.get("classes"), config.model.num_classes), state)  # fmt: skip
 
 
 def _read_diffusers(source: str, directory: str) -> Pretrained:
@@ -74,6 +81,7 @@ def _read_diffusers(source: str, directory: str) -> Pretrained:
             train=TrainSection(precision="fp32"),
             sample=SamplingOptions(variance=variance, clip=clip),
         )
+        _check_betas(source, stored.scheduler, diffusion)
     except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:  # pydantic's are ValueErrors
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{source}: not the configuration of a diffusers model ({reason}): save it again") from None
@@ -85,6 +93,19 @@ def _read_diffusers(source: str, directory: str) -> Pretrained:
     settings = json.dumps([stored.unet, stored.scheduler, *classes], sort_keys=True)
     identity = hashlib.sha256(b"".join(stored.data) + settings.encode()).hexdigest()
     return Pretrained(config, weights, identity, _class_names(source, stored.class_names, model.num_classes))
+
+
+def _check_betas(source: str, scheduler: Mapping[str, Any], diffusion: DiffusionSection) -> None:
+    """Refuse listed betas that are not those of the diffusion."""
+    listed = scheduler.get("trained_betas")
+    if listed is None:
+        return
+    betas = DiffusionProcess.of(diffusion).schedule.betas
+    given = torch.tensor(listed, dtype=torch.float64)
+    if given.shape != betas.shape or not torch.allclose(given, betas, rtol=1e-5, atol=0):
+        raise ConfigError(
+            f"{source}: trained_betas in scheduler_config.json are not those that its other keys describe"
+        )
 
 
 def _class_names(source: str, stored: Any, count: int) -> tuple[str, ...] | None:

@@ -46,6 +46,8 @@ CASES = [
     (ModelSection(**SMALL, attention_sizes=(), scale_shift=True, learned_variance=True), 1, (8, 8)),
     (ModelSection(**SMALL, attention_sizes=(8,), head_channels=8, norm_eps=1e-5, downsample_padding=1, freq_shift=0,
                   flip_sin_to_cos=True), 3, (8, 8)),
+    (ModelSection(**SMALL, attention_sizes=(4,), resample_blocks=True, scale_shift=True, norm_eps=1e-5), 3, (8, 8)),
+    (ModelSection(**SMALL, attention_sizes=(8,), resample_blocks=True), 3, (8, 8)),
     (ModelSection(base_channels=12, channel_mults=(1, 3, 1), attention_sizes=(4,), dropout=0.0), 3, (8, 8)),
 ]  # fmt: skip
 
@@ -253,7 +255,8 @@ def test_another_network_of_diffusers_is_named():
         ({"act_fn": "mish"}, "act_fn is 'mish', not 'silu'"),
         ({"add_attention": False}, "add_attention is False, not True"),
         ({"mid_block_type": None}, "mid_block_type is None, not 'UNetMidBlock2D'"),
-        ({"downsample_type": "resnet"}, "downsample_type is 'resnet', not 'conv'"),
+        ({"downsample_type": "resnet"}, "upsample_type is None"),
+        ({"downsample_type": "fir"}, "downsample_type is 'fir'"),
         ({"center_input_sample": True}, "center_input_sample is True, not False"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier', not 'positional'"),
         ({"time_embedding_dim": 64}, "time_embedding_dim is 64"),
