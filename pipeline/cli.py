@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -12,7 +13,7 @@ import typer
 from pipeline import messages
 from pipeline.cluster.interrupt import signals_to
 from pipeline.cluster.launch_environment import count
-from pipeline.commands import data, models, runs
+from pipeline.commands import data, interchange, models, runs
 from pipeline.errors import DataError, PipelineError, Stopped
 
 _INTERRUPTED = 130
@@ -23,9 +24,13 @@ app = typer.Typer(
     "resumable, 130 interrupted twice, 1 a bug.",
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-_COMMANDS = (data.shard, data.verify, data.index, runs.train, models.sample, models.evaluate, runs.plan, runs.doctor)
-for _command in _COMMANDS:
-    app.command()(_command)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "shard": data.shard, "verify": data.verify, "index": data.index, "train": runs.train, "sample": models.sample,
+    "evaluate": models.evaluate, "export": interchange.export, "import": interchange.import_model, "plan": runs.plan,
+    "doctor": runs.doctor,
+}  # fmt: skip
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def main(words: list[str] | None = None) -> NoReturn:

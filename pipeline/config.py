@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -17,36 +16,19 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
 from pipeline.errors import ConfigError
+from pipeline.model_section import FixedVariance as FixedVariance  # noqa: PLC0414  for the users of this module
+from pipeline.model_section import ModelSection as ModelSection  # noqa: PLC0414
+from pipeline.model_section import Section
 from pipeline.solvers import SamplerName, Spacing
 from pipeline.units import Duration, EpochCounter, Length, PositiveLength, Size
 
-Share = Annotated[float, Field(ge=0, lt=1)]
 MAX_EMA_LENGTH = 0.28
 """Largest σ_rel of a power-function average; that of a constant profile is 0.289."""
 EmaLength = Annotated[float, Field(ge=0.005, le=MAX_EMA_LENGTH)]
-FixedVariance = Literal["fixed_large", "fixed_small"]
-
-
-class Section(BaseModel):
-    """A group of settings. Unknown keys are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _switches_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse `true` for a number: train.lr=true is not the rate 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("true, false, yes, no, on and off are switches, unless they are quoted")
-        return value
 
 
 class DataSection(Section):
@@ -74,67 +56,6 @@ class DataSection(Section):
     def height_width(self) -> tuple[int, int]:
         """The images' (height, width) in pixels."""
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
-
-
-class ModelSection(Section):
-    """The network: the U-Net of Ho et al. 2020, appendix B, with options."""
-
-    base_channels: PositiveInt = 128
-    """Channels at full resolution."""
-    channel_mults: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 2, 2)
-    """Channels of each resolution level as multiples of base_channels; each level halves the image."""
-    blocks_per_level: PositiveInt = 2
-    """Residual blocks of a level on the way down; one more on the way up."""
-    attention_sizes: tuple[PositiveInt, ...] = (16,)
-    """Feature maps with self-attention, by the shorter side in pixels; the middle block always has it."""
-    head_channels: PositiveInt | None = None
-    """Channels of an attention head. Default: a single head, as in the paper."""
-    norm_groups: PositiveInt | Literal["auto"] = "auto"
-    """Groups of each GroupNorm; must divide base_channels. auto: at most 32 groups with at least 4 channels each: in a
-    group of one channel the norm removes what the embedding of time and class adds. A run stores the number."""
-    dropout: Share | Annotated[tuple[Share, ...], Field(min_length=1)] = 0.1
-    """Dropout before the second convolution of each residual block: a number, or one for each level (the middle takes
-    the last), such as 0 at high resolutions (Hoogeboom et al. 2023, arXiv:2301.11093)."""
-    num_classes: NonNegativeInt = 0
-    """Classes of a class-conditional model; 0 for an unconditional one."""
-    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of training images whose label is hidden, so that guidance works. No effect without classes."""
-    scale_shift: bool = False
-    """Time and class scale and shift the normalised features instead of being added (Nichol & Dhariwal 2021)."""
-    learned_variance: bool = False
-    """The network also outputs the variance of each step (Nichol & Dhariwal 2021, eq. 15)."""
-
-    @property
-    def groups(self) -> int:
-        """Number of groups of each GroupNorm."""
-        if self.norm_groups != "auto":
-            return self.norm_groups
-        return max(g for g in range(1, min(32, max(self.base_channels // 4, 1)) + 1) if self.base_channels % g == 0)
-
-    @property
-    def blindness(self) -> str | None:
-        """A warning if some levels cannot see timestep and class, with the remedy; None if all can."""
-        if self.scale_shift or self.groups not in (self.base_channels * mult for mult in self.channel_mults):
-            return None
-        return (
-            f"model.norm_groups={self.groups} leaves one channel a group where channel_mults is "
-            f"{self.groups // self.base_channels}: there the network ignores timestep and class; train anew with "
-            "model.norm_groups=auto"
-        )
-
-    @property
-    def dropout_by_level(self) -> tuple[float, ...]:
-        """Dropout of each level, finest first."""
-        return self.dropout if isinstance(self.dropout, tuple) else (self.dropout,) * len(self.channel_mults)
-
-    def reverse_variance(self, fixed: FixedVariance) -> FixedVariance | Literal["learned"]:
-        """Variance of a reverse step: the network's own if it has learned one, else `fixed`."""
-        return "learned" if self.learned_variance else fixed
-
-    @property
-    def stride(self) -> int:
-        """Image pixels for each pixel of the coarsest level, along one side; sizes are multiples of it."""
-        return 1 << (len(self.channel_mults) - 1)
 
 
 class DiffusionSection(Section):
@@ -213,7 +134,7 @@ class TrainSection(Section):
 
 
 class SamplingOptions(Section):
-    """How images are drawn; all keys but timesteps and max_step_ratio are also options of `ddpm sample`."""
+    """How images are drawn; all keys but timesteps, max_step_ratio and clip are also options of `ddpm sample`."""
 
     sampler: SamplerName = "ddpm"
     """Sampling method: ancestral DDPM, DDIM, DPM-Solver++ of order 2 (dpmpp) or 3 (dpmpp3m), or Heun. `ddpm sample
@@ -235,6 +156,8 @@ class SamplingOptions(Section):
     """Strength of guidance, by the label or by another model: 1 is none, more follows the label more closely."""
     guidance_interval: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """First and last timestep with guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724). Default: all timesteps."""
+    clip: bool = True
+    """Clip estimates of the clean image to [-1, 1] at each step, as in the paper's code."""
     dynamic_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     """Before clipping, divide x₀ by this quantile of its absolute values where that is above 1, such as 0.995: for
     strong guidance (Saharia et al. 2022, arXiv:2205.11487). Default: only clip."""
@@ -318,6 +241,8 @@ class Config(Section):
     def _model_problems(self) -> Iterator[str]:
         (height, width), levels, stride = self.data.height_width, len(self.model.channel_mults), self.model.stride
         groups, base, dropout = self.model.norm_groups, self.model.base_channels, self.model.dropout
+        if self.model.num_heads and self.model.head_channels:
+            yield "model.num_heads and model.head_channels exclude each other: drop one"
         if groups != "auto" and base % groups:
             yield f"model.norm_groups {groups} does not divide model.base_channels {base}: change one of them"
         if isinstance(dropout, tuple) and len(dropout) != levels:

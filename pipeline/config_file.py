@@ -92,10 +92,15 @@ def is_stored(text: str) -> bool:
 
 
 _LATER_KEYS = {
-    "model": ("norm_groups",),
+    "model": (
+        "norm_groups", "num_heads", "norm_eps", "resample_blocks", "downsample_padding", "freq_shift",
+        "flip_sin_to_cos", "timestep_scale",
+    ),
     "diffusion": ("log_snr_shift", "log_snr_min", "sigmoid_bias"),
-    "sample": ("timesteps", "max_step_ratio", "guidance_interval", "dynamic_threshold", "precision", "label", "size"),
-}
+    "sample": (
+        "timesteps", "max_step_ratio", "guidance_interval", "clip", "dynamic_threshold", "precision", "label", "size",
+    ),
+}  # fmt: skip
 """Keys that configurations stored by version 0.1 lack."""
 
 

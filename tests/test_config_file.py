@@ -112,10 +112,15 @@ def test_a_circle_of_parents_is_refused() -> None:
 # --- stored configurations ---
 
 LATER = {
-    "model": ("norm_groups",),
+    "model": (
+        "norm_groups", "num_heads", "norm_eps", "resample_blocks", "downsample_padding", "freq_shift",
+        "flip_sin_to_cos", "timestep_scale",
+    ),
     "diffusion": ("log_snr_shift", "log_snr_min", "sigmoid_bias"),
-    "sample": ("timesteps", "max_step_ratio", "guidance_interval", "dynamic_threshold", "precision", "label", "size"),
-}
+    "sample": (
+        "timesteps", "max_step_ratio", "guidance_interval", "clip", "dynamic_threshold", "precision", "label", "size",
+    ),
+}  # fmt: skip
 """Keys that version 0.1 did not know."""
 
 

@@ -1,6 +1,6 @@
 """The names of all files in a run directory, in one place. No other module joins them by hand.
 
-RUN/config.yaml  DONE  FAILED.json  log.jsonl
+RUN/config.yaml  DONE  FAILED.json  log.jsonl  imported.json
     checkpoints/step_00012000/  previews/step_00012000.png  tensorboard/
     ema_snapshots/step_00012000.safetensors  .json
     control/  lease-000007.json  ranks/00003.json  stop  stopped.json  requeues.jsonl
@@ -13,6 +13,7 @@ import re
 from pipeline.storage import files
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
+_PREVIEW = re.compile(r"step_(\d{8,})\.png")
 _LEASE = re.compile(r"lease-(\d{6,})\.json")
 
 
@@ -31,12 +32,15 @@ class RunDir:
         """Exists when the run has finished all of its steps."""
         self.failed = files.join(path, "FAILED.json")
         """The error that ended the last start."""
+        self.imported = files.join(path, "imported.json")
+        """Exists in a run that `ddpm import` has made of a model from elsewhere: what it was made of."""
         self.log = files.join(path, "log.jsonl")
         """The curves as JSON, one line a step."""
         self.tensorboard = files.join(path, "tensorboard")
         self.evaluation = files.join(self.tensorboard, "evaluation")
         """Event files of `ddpm evaluate --log`, which may run while the run is trained."""
         self.checkpoints = files.join(path, "checkpoints")
+        self.previews = files.join(path, "previews")
         self.control = files.join(path, "control")
         self.stop = files.join(self.control, "stop")
         """A user creates this file to stop the run."""
@@ -65,7 +69,12 @@ class RunDir:
 
     def preview(self, step: int) -> str:
         """The preview image of a step."""
-        return files.join(self.path, "previews", f"{checkpoint_name(step)}.png")
+        return files.join(self.previews, f"{checkpoint_name(step)}.png")
+
+    def newest_preview(self) -> str | None:
+        """The preview image of the last step that has one."""
+        steps = _numbers(self.previews, _PREVIEW)
+        return self.preview(steps[-1]) if steps else None
 
     def heartbeat(self, rank: int) -> str:
         """The heartbeat file of a rank."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's name
@@ -38,9 +38,6 @@ class GroupNorm(nn.GroupNorm):
     The kernels compute statistics of 16-bit input in float32. Autocast would also store the whole result in float32.
     """
 
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, eps=1e-6)
-
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """(B, C, H, W) → the same shape and dtype; weight and bias, (C,), replace the layer's own if given."""
         weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
@@ -57,17 +54,31 @@ class Dropout(nn.Dropout):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with normalization and a shortcut; the embedding is added between the convolutions."""
+    """Two convolutions with normalization and a shortcut; the embedding is added between the convolutions.
+
+    With `resample` the images are halved or doubled before the first convolution and in the shortcut (Brock et al.
+    2019, arXiv:1809.11096, figure 15).
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, embedding: int, groups: int, dropout: float, scale_shift: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        embedding: int,
+        groups: int,
+        eps: float,
+        dropout: float,
+        scale_shift: bool,
+        resample: Literal["down", "up"] | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = GroupNorm(groups, in_channels)
+        self.resample = resample
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = glorot(RecomputeConv2d(in_channels, out_channels, 3, padding=1))
         self.embed = glorot(Float32Linear(embedding, 2 * out_channels if scale_shift else out_channels))
-        self.norm2 = GroupNorm(groups, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = Dropout(dropout)
         self.conv2 = glorot(RecomputeConv2d(out_channels, out_channels, 3, padding=1), _NEAR_ZERO)
         self.shortcut = (
@@ -83,7 +94,8 @@ class ResidualBlock(nn.Module):
             shortcut: Tensor = self.shortcut(*parts, prepare=_join if len(parts) > 1 else None)
         else:
             shortcut = _join(*parts)
-        h = _activated(self.conv1, self.norm1, *parts)
+        shortcut = _resampled(shortcut, self.resample)
+        h = _activated(self.conv1, self.norm1, *parts, resample=self.resample)
         condition: Tensor = self.embed(embedding)[:, :, None, None]
         if self.scale_shift:
             scale, shift = condition.chunk(2, dim=1)
@@ -99,8 +111,9 @@ def _activated(
     *parts: Tensor,
     affine: tuple[Tensor, ...] = (),
     dropout: Callable[[Tensor], Tensor] | None = None,
+    resample: Literal["down", "up"] | None = None,
 ) -> Tensor:
-    """Concatenation, normalization, scale and shift (if given), SiLU, dropout (if given), convolution."""
+    """Concatenation, normalization, scale and shift, SiLU, resampling, dropout (each if given), convolution."""
     count = len(parts)
 
     def prepare(*inputs: Tensor) -> Tensor:
@@ -109,11 +122,18 @@ def _activated(
         if affine:
             scale, shift = affine
             x = x * scale + shift
-        x = F.silu(x)
+        x = _resampled(F.silu(x), resample)
         return dropout(x) if dropout else x
 
     convolved: Tensor = conv(*parts, norm.weight, norm.bias, *affine, prepare=prepare)
     return convolved
+
+
+def _resampled(x: Tensor, how: Literal["down", "up"] | None) -> Tensor:
+    """(B, C, H, W) → H/2 and W/2 by averages, 2H and 2W by repetition, or as it is."""
+    if how is None:
+        return x
+    return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _join(*parts: Tensor) -> Tensor:
@@ -123,10 +143,10 @@ def _join(*parts: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over all pixels, with a shortcut."""
 
-    def __init__(self, channels: int, head_channels: int, groups: int) -> None:
+    def __init__(self, channels: int, heads: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.heads = channels // head_channels
-        self.norm = GroupNorm(groups, channels)
+        self.heads = heads
+        self.norm = GroupNorm(groups, channels, eps)
         self.qkv = glorot(nn.Linear(channels, 3 * channels), parts=3)
         self.out = glorot(nn.Linear(channels, channels), _NEAR_ZERO)
 
@@ -139,15 +159,19 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2, padded only on the right and at the bottom, like TensorFlow's SAME."""
+    """A convolution of stride 2.
 
-    def __init__(self, channels: int) -> None:
+    Padding 0 pads only on the right and at the bottom, like TensorFlow's SAME; padding 1 on all sides.
+    """
+
+    def __init__(self, channels: int, padding: int = 0) -> None:
         super().__init__()
-        self.conv = glorot(RecomputeConv2d(channels, channels, 3, stride=2))
+        self.conv = glorot(RecomputeConv2d(channels, channels, 3, stride=2, padding=padding))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H/2, W/2)."""
-        halved: Tensor = self.conv(x, prepare=lambda x: F.pad(x, (0, 1, 0, 1)))
+        pad = None if self.conv.padding[0] else lambda x: F.pad(x, (0, 1, 0, 1))
+        halved: Tensor = self.conv(x, prepare=pad)
         return halved
 
 
@@ -166,9 +190,9 @@ class Upsample(nn.Module):
 class Head(nn.Module):
     """The output layer: features → prediction."""
 
-    def __init__(self, channels: int, out_channels: int, groups: int) -> None:
+    def __init__(self, channels: int, out_channels: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.norm = GroupNorm(groups, channels)
+        self.norm = GroupNorm(groups, channels, eps)
         self.conv = glorot(RecomputeConv2d(channels, out_channels, 3, padding=1), _NEAR_ZERO)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Read the directory in which `diffusers` saves a UNet2DModel, alone or in a pipeline with its scheduler.
+"""The directory in which `diffusers` saves a UNet2DModel, alone or in a pipeline with its scheduler.
 
     model_index.json             of a pipeline: its parts, and possibly names of classes
     unet/config.json             or config.json: the architecture
@@ -32,6 +32,28 @@ _OTHER_FORMATS = (".bin", ".msgpack", ".ckpt", ".pt", ".pth", ".onnx")
 _INFINITY = re.compile(rb":\s*-?Infinity\b")
 _MAX_PARTS = 1000
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def write(directory: str, unet: dict[str, Any], scheduler: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Write a pipeline that `DDPMPipeline.from_pretrained` loads.
+
+    Args:
+        directory: written into; last of all model_index.json.
+        unet: content of unet/config.json.
+        scheduler: content of scheduler/scheduler_config.json.
+        weights: under the names of diffusers.
+    """
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": scheduler["_diffusers_version"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "unet": ["diffusers", unet["_class_name"]],
+    }
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"})
+    files.write_bytes(files.join(directory, "unet", f"{_STEM}.safetensors"), data)
+    files.write_json(files.join(directory, "unet", "config.json"), unet)
+    files.write_json(files.join(directory, "scheduler", "scheduler_config.json"), scheduler)
+    files.write_json(files.join(directory, "model_index.json"), index)
 
 
 class StoredModel(NamedTuple):

@@ -7,8 +7,8 @@ images whose label was hidden; diffusers keeps this key and ignores it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,20 +43,16 @@ _FIXED: dict[str, tuple[Any, Any]] = {
     "add_attention": (True, True),
     "center_input_sample": (False, False),
     "class_embed_type": (None, None),
-    "downsample_padding": (0, 1),
-    "downsample_type": ("conv", "conv"),
-    "flip_sin_to_cos": (False, True),
-    "freq_shift": (1, 0),
     "mid_block_scale_factor": (1, 1),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
-    "norm_eps": (1e-6, 1e-5),
     "time_embedding_type": ("positional", "positional"),
-    "upsample_type": ("conv", "conv"),
 }
+# Keys of equal names and meanings here and there → the default in diffusers.
+_SAME: dict[str, Any] = {"norm_eps": 1e-5, "downsample_padding": 1, "freq_shift": 0, "flip_sin_to_cos": True}
 _READ = {
-    "attention_head_dim", "attn_norm_num_groups", "block_out_channels", "down_block_types", "dropout", "in_channels",
-    "layers_per_block", "norm_num_groups", "num_class_embeds", "out_channels", "resnet_time_scale_shift",
-    "sample_size", "time_embedding_dim", "up_block_types",
+    "attention_head_dim", "attn_norm_num_groups", "block_out_channels", "down_block_types", "downsample_type",
+    "dropout", "in_channels", "layers_per_block", "norm_num_groups", "num_class_embeds", "out_channels",
+    "resnet_time_scale_shift", "sample_size", "time_embedding_dim", "up_block_types", "upsample_type",
 }  # fmt: skip
 # Keys without effect on the output: class names, the timesteps of learned embeddings, settings of EMAModel.
 _IGNORED = {
@@ -116,21 +112,26 @@ def diffusers_config(section: ModelSection, channels: int, size: tuple[int, int]
         size: (H, W) of the images, in pixels.
 
     Raises:
-        ConfigError: `channel_mults` does not start with 1, as diffusers requires.
+        ConfigError: diffusers cannot express the network: `channel_mults` does not start with 1, `timestep_scale` is
+            not 1, or the number of heads does not give heads of one size.
     """
-    if section.channel_mults[0] != 1:
-        raise ConfigError(
-            f"model.channel_mults: begins with {section.channel_mults[0]}, which diffusers cannot express: it must be 1"
-        )
     groups = section.groups
     attends = [min(size) >> level in section.attention_sizes for level in range(len(section.channel_mults))]
+    _check_expressible(section, attends)
+    resampling = "resnet" if section.resample_blocks else "conv"
+    several = section.num_heads if section.num_heads != 1 else None
     return {
         "_class_name": "UNet2DModel",
         **{key: supported for key, (supported, _) in _FIXED.items()},
-        "attention_head_dim": section.head_channels,
+        **{key: getattr(section, key) for key in _SAME},
+        "downsample_type": resampling,
+        "upsample_type": resampling,
+        "attention_head_dim": section.base_channels * section.channel_mults[-1] // several
+        if several
+        else section.head_channels,
         "attn_norm_num_groups": groups,
         "block_out_channels": [section.base_channels * mult for mult in section.channel_mults],
-        "down_block_types": ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
+        "down_block_types": _block_types("Down", resampling, attends),
         "dropout": max(section.dropout_by_level),  # diffusers has one value for all levels
         "in_channels": channels,
         "layers_per_block": section.blocks_per_level,
@@ -140,8 +141,32 @@ def diffusers_config(section: ModelSection, channels: int, size: tuple[int, int]
         "out_channels": 2 * channels if section.learned_variance else channels,
         "resnet_time_scale_shift": "scale_shift" if section.scale_shift else "default",
         "sample_size": size[0] if size[0] == size[1] else list(size),
-        "up_block_types": ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
+        "up_block_types": _block_types("Up", resampling, reversed(attends)),
     }
+
+
+def _block_types(direction: Literal["Down", "Up"], resampling: str, attends: Iterable[bool]) -> list[str]:
+    """Names of the levels; one with attention resamples as downsample_type and upsample_type say."""
+    plain = f"Resnet{direction}sampleBlock2D" if resampling == "resnet" else f"{direction}Block2D"
+    return [f"Attn{direction}Block2D" if attention else plain for attention in attends]
+
+
+def _check_expressible(section: ModelSection, attends: list[bool]) -> None:
+    if section.channel_mults[0] != 1:
+        raise ConfigError(
+            f"model.channel_mults: begins with {section.channel_mults[0]}, which diffusers cannot express: it must be 1"
+        )
+    if section.timestep_scale != 1:
+        raise ConfigError(
+            f"model.timestep_scale: {section.timestep_scale:g}, which diffusers cannot express: it must be 1"
+        )
+    # The middle always attends.
+    attending = {mult for mult, attention in zip(section.channel_mults, attends) if attention}
+    if section.num_heads not in (None, 1) and not attending <= {section.channel_mults[-1]}:
+        raise ConfigError(
+            f"model.num_heads: {section.num_heads} heads at levels of different widths, which diffusers cannot express:"
+            " only heads of one size, as model.head_channels gives them"
+        )
 
 
 def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int, tuple[int, int]]:
@@ -178,9 +203,14 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
     problems += [
         f"{printable(key)} is {repr(value)[:80]}, which no UNet2DModel known here has"
         for key, value in config.items()
-        if value is not None and not (key.startswith("_") or key in _FIXED or key in _READ or key in _IGNORED)
+        if value is not None
+        and not (key.startswith("_") or key in _FIXED or key in _READ or key in _SAME or key in _IGNORED)
     ]
+    resampling = config.get("downsample_type", "conv")
+    same = {key: config.get(key, default) for key, default in _SAME.items()}
     wanted = {
+        "downsample_padding": (same["downsample_padding"], (0, 1)),
+        "freq_shift": (same["freq_shift"], (0, 1)),
         "out_channels": (out_channels, (channels, 2 * channels)),
         "norm_num_groups": (base % groups, (0,)),
         "attn_norm_num_groups": (
@@ -190,8 +220,10 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
         "resnet_time_scale_shift": (scale_shift, ("default", "scale_shift")),
         "time_embedding_dim": (config.get("time_embedding_dim"), (None, 4 * base)),
         "block_out_channels": ([width % base for width in widths], ([0] * len(widths),)),
-        "down_block_types": (down, (["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],)),
-        "up_block_types": (up, (["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],)),
+        "downsample_type": (resampling, ("conv", "resnet")),
+        "upsample_type": (config.get("upsample_type", "conv"), (resampling,)),
+        "down_block_types": (down, (_block_types("Down", resampling, attends),)),
+        "up_block_types": (up, (_block_types("Up", resampling, reversed(attends)),)),
         "num_class_embeds": (classes is None, (False,)),
     }
     problems += [f"{key} is {config.get(key)!r}" for key, (value, allowed) in wanted.items() if value not in allowed]
@@ -208,6 +240,8 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
         **({} if classes is None else classes),
         scale_shift=scale_shift == "scale_shift",
         learned_variance=out_channels == 2 * channels,
+        resample_blocks=resampling == "resnet",
+        **same,
     )
     return section, channels, (height, width)
 

@@ -1,13 +1,13 @@
 """The diffusion process that a `scheduler_config.json` of `diffusers` describes.
 
-The file has two kinds of keys: how the network was trained (noise levels, prediction type), which are read here, and
-how to sample from it (solver, order, spacing), which are ignored: the options of `ddpm sample` decide that.
+Such a file has two kinds of keys: how the network was trained (noise levels, prediction type), which are read and
+written here, and how to sample from it (solver, order, spacing), which are ignored: `ddpm sample` has options for that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pipeline import messages
@@ -22,6 +22,8 @@ _VARIANCES: dict[Any, FixedVariance] = {
     "fixed_large": "fixed_large",
 }
 _SCHEDULES: dict[Any, Literal["linear", "cosine"]] = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+_SHIFTS = ("log_snr_shift", "log_snr_min")
+"""Keys of `DiffusionSection` that change a schedule: an exported file has them with `_` before, and `trained_betas`."""
 
 # Schedulers of networks trained on discrete timesteps with betas → their default first and last β.
 _PAPER, _LATENT = (1e-4, 0.02), (0.00085, 0.012)
@@ -69,6 +71,40 @@ _READ = {"beta_start", "beta_end", "beta_schedule", "clip_sample", "clip_sample_
          "predict_epsilon", "variance_type"}  # fmt: skip
 
 
+def scheduler_config(
+    section: DiffusionSection, betas: Sequence[float], variance: FixedVariance | Literal["learned"], *, clip: bool
+) -> dict[str, Any]:
+    """The `scheduler_config.json` of a DDPMScheduler that takes the steps that `ddpm sample --sampler ddpm` takes.
+
+    Args:
+        section: the diffusion.
+        betas: β_t of its schedule; diffusers reads them from here where its own schedules cannot express them.
+        variance: of a step.
+        clip: whether estimates of the clean image are clipped to [-1, 1].
+    """
+    shifts = {f"_{key}": getattr(section, key) for key in _SHIFTS}
+    is_shifted = any(shifts.values())
+    names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": "0.35.0",
+        **(shifts if is_shifted else {}),
+        "beta_end": 20 / section.timesteps,
+        "beta_schedule": names[section.schedule],
+        "beta_start": 0.1 / section.timesteps,
+        "clip_sample": clip,
+        "clip_sample_range": 1.0,
+        "num_train_timesteps": section.timesteps,
+        "prediction_type": section.prediction_type,
+        "rescale_betas_zero_snr": False,
+        "steps_offset": 0,
+        "thresholding": False,
+        "timestep_spacing": "leading",
+        "trained_betas": list(betas) if is_shifted else None,
+        "variance_type": "learned_range" if variance == "learned" else variance,
+    }
+
+
 def diffusion_from_diffusers(
     scheduler: Mapping[str, Any], learned_variance: bool
 ) -> tuple[DiffusionSection, FixedVariance, bool]:
@@ -98,10 +134,11 @@ def diffusion_from_diffusers(
     prediction = scheduler.get("prediction_type") or _old_prediction_type(scheduler)
     clip = bool(scheduler.get("clip_sample", kind != "HeunDiscreteScheduler"))
     variance_type = scheduler.get("variance_type", "fixed_small" if scheduler else "fixed_large")
+    own = any(f"_{key}" in scheduler for key in _SHIFTS)  # its betas are checked by the caller
     problems = _beta_problems(scheduler, kind, timesteps) + [
         f"{key} is {repr(scheduler[key])[:80]}"
         for key, allowed in _SUPPORTED.items()
-        if scheduler.get(key) is not None and scheduler[key] not in allowed
+        if scheduler.get(key) is not None and scheduler[key] not in allowed and (key, True) != ("trained_betas", own)
     ]
     variances = (None, "learned_range") if learned_variance and "variance_type" in scheduler else tuple(_VARIANCES)
     if variance_type not in variances:
@@ -119,6 +156,7 @@ def diffusion_from_diffusers(
         timesteps=timesteps,
         schedule=_SCHEDULES[scheduler.get("beta_schedule", "linear")],
         prediction_type=prediction,
+        **{key: scheduler[f"_{key}"] for key in _SHIFTS if f"_{key}" in scheduler},
     )
     return section, _VARIANCES.get(variance_type, "fixed_large"), clip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -78,54 +79,69 @@ class UNet(nn.Module):
         """
         super().__init__()
         base, widths = section.base_channels, [section.base_channels * mult for mult in section.channel_mults]
-        _check_section(section, widths)
+        attends = [min(size) >> index in section.attention_sizes for index in range(len(widths))]
+        _check_section(section, [width for width, attention in zip(widths, attends) if attention] + widths[-1:])
         self.halvings = len(widths) - 1
         self._check_size(*size)
-        self.base_channels = base
         self.null_label = section.num_classes
         # All widths are multiples of the base, so one number of groups fits every norm, as in diffusers.
-        groups, embedding, dropouts = section.groups, 4 * base, section.dropout_by_level
+        groups, eps, embedding, dropouts = section.groups, section.norm_eps, 4 * base, section.dropout_by_level
 
-        def block(in_channels: int, level: int) -> ResidualBlock:
+        def block(in_channels: int, level: int, resample: Literal["down", "up"] | None = None) -> ResidualBlock:
             return ResidualBlock(
                 in_channels,
                 widths[level],
                 embedding=embedding,
                 groups=groups,
+                eps=eps,
                 dropout=dropouts[level],
                 scale_shift=section.scale_shift,
+                resample=resample,
             )
 
         def attention(width: int) -> Attention:
-            return Attention(width, section.head_channels or width, groups)
+            return Attention(width, section.attention_heads(width), groups, eps)
 
         def level(index: int, inputs: list[int], resample: nn.Module | None) -> Level:
-            attends = min(size) >> index in section.attention_sizes
             return Level(
                 [block(width, index) for width in inputs],
-                [attention(widths[index]) if attends else nn.Identity() for _ in inputs],
+                [attention(widths[index]) if attends[index] else nn.Identity() for _ in inputs],
                 resample,
             )
 
+        self._sinusoids = partial(
+            sinusoids,
+            features=base,
+            freq_shift=section.freq_shift,
+            flip_sin_to_cos=section.flip_sin_to_cos,
+            scale=section.timestep_scale,
+        )
         self.time_mlp = nn.Sequential(
             glorot(Float32Linear(base, embedding)), nn.SiLU(), glorot(Float32Linear(embedding, embedding))
         )
         self.class_embedding = nn.Embedding(section.num_classes + 1, embedding) if section.num_classes else None
         self.conv_in = glorot(nn.Conv2d(channels, base, 3, padding=1))
 
+        def resampling(level: int, direction: Literal["down", "up"]) -> nn.Module:
+            if section.resample_blocks:
+                return block(widths[level], level, direction)
+            return (
+                Upsample(widths[level]) if direction == "up" else Downsample(widths[level], section.downsample_padding)
+            )
+
         blocks, skips, width, down, up = section.blocks_per_level, [base], base, [], []
         for index, out in enumerate(widths):
             halves = index < self.halvings
-            down.append(level(index, [width] + [out] * (blocks - 1), Downsample(out) if halves else None))
+            down.append(level(index, [width] + [out] * (blocks - 1), resampling(index, "down") if halves else None))
             skips += [out] * (blocks + halves)
             width = out
         middle = Level([block(width, self.halvings), block(width, self.halvings)], [attention(width)])
         for index, out in reversed(list(enumerate(widths))):
             inputs = [features + skips.pop() for features in [width] + [out] * blocks]
-            up.append(level(index, inputs, Upsample(out) if index else None))
+            up.append(level(index, inputs, resampling(index, "up") if index else None))
             width = out
         self.down, self.middle, self.up = nn.ModuleList(down), middle, nn.ModuleList(up)
-        self.head = Head(width, 2 * channels if section.learned_variance else channels, groups)
+        self.head = Head(width, 2 * channels if section.learned_variance else channels, groups, eps)
         self.checkpointing = "none"
 
     @property
@@ -189,7 +205,8 @@ class UNet(nn.Module):
                 x = self._run(attention, self._run(block, embedding, x))
                 skips.append(x)
             if level.resample is not None:
-                x = level.resample(x)
+                is_block = isinstance(level.resample, ResidualBlock)
+                x = self._run(level.resample, embedding, x) if is_block else level.resample(x)
                 skips.append(x)
         before, after = self.middle.blocks
         (attention,) = self.middle.attentions
@@ -199,13 +216,16 @@ class UNet(nn.Module):
             for block, attention in zip(level.blocks, level.attentions):
                 x = self._run(attention, self._run_upsampled(upsample, block, embedding, x, skips.pop()))
                 upsample = nn.Identity()
-            upsample = level.resample or upsample
+            if isinstance(level.resample, ResidualBlock):
+                x = self._run(level.resample, embedding, x)
+            else:
+                upsample = level.resample or upsample
         output: Tensor = self.head(x)
         return output.to(embedding.dtype)
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """The embedding of timestep and class, after SiLU: (B, E) float32, the input of every block."""
-        embedding: Tensor = self.time_mlp(sinusoids(t, self.base_channels))
+        embedding: Tensor = self.time_mlp(self._sinusoids(t))
         if self.class_embedding is not None:
             labels = torch.full_like(t, self.null_label) if labels is None else labels
             embedding = embedding + self.class_embedding(labels)
@@ -241,12 +261,17 @@ class UNet(nn.Module):
             )
 
 
-def sinusoids(t: Tensor, features: int) -> Tensor:
-    """Sinusoidal embedding: sines, then cosines, of t at `features / 2` frequencies from 1 down to 1e-4.
+def sinusoids(
+    t: Tensor, features: int, *, freq_shift: int = 1, flip_sin_to_cos: bool = False, scale: float = 1.0
+) -> Tensor:
+    """Sinusoidal embedding: sines, then cosines, of t at n = `features / 2` frequencies from 1 down to 1e-4.
 
     Args:
         t: timesteps, (B,).
         features: width of the embedding, even, at least 4.
+        freq_shift: frequency i is 1e-4^(i / (n - freq_shift)), so with 0 the last is not quite 1e-4.
+        flip_sin_to_cos: cosines, then sines.
+        scale: of the timesteps.
 
     Returns:
         float32, (B, features).
@@ -254,10 +279,11 @@ def sinusoids(t: Tensor, features: int) -> Tensor:
     half = features // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(
-        -math.log(1e4) * steps / (half - 1)
+        -math.log(1e4) * steps / (half - freq_shift)
     )  # this order of operations gives the same rounding as diffusers
-    angles = t.to(torch.float32)[:, None] * frequencies
-    return torch.cat((angles.sin(), angles.cos()), dim=1)
+    angles = (t.to(torch.float32) * scale)[:, None] * frequencies
+    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=1)
 
 
 def _check_section(section: ModelSection, widths: list[int]) -> None:
@@ -267,5 +293,10 @@ def _check_section(section: ModelSection, widths: list[int]) -> None:
         if section.head_channels and width % section.head_channels:
             raise ConfigError(
                 f"model.head_channels: {section.head_channels} does not divide the {width} channels of a level:"
+                " take a divisor of model.base_channels"
+            )
+        if section.num_heads and width % section.num_heads:
+            raise ConfigError(
+                f"model.num_heads: {section.num_heads} does not divide the {width} channels of a level:"
                 " take a divisor of model.base_channels"
             )

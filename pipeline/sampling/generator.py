@@ -346,7 +346,7 @@ def load(
     """
     set_torch_flags()
     model = read(source, ema=ema, ema_length=ema_length)
-    process = DiffusionProcess.of(model.config.diffusion, clip=model.clip).to(device)
+    process = DiffusionProcess.of(model.config.diffusion, clip=model.config.sample.clip).to(device)
     other = None
     if guide is not None:
         other = read(guide, ema=ema)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from pipeline import config_file, messages
 from pipeline.checkpoints.checkpoint import find_checkpoint, first_not_finite
-from pipeline.config import Config, DataSection, SamplingOptions, TrainSection, differences
+from pipeline.config import Config, DataSection, DiffusionSection, SamplingOptions, TrainSection, differences
 from pipeline.data.sources.labels import class_names
+from pipeline.diffusion.process import DiffusionProcess
 from pipeline.errors import ConfigError, DataError
 from pipeline.model import diffusers_directory, interchange
 from pipeline.model.scheduler_config import diffusion_from_diffusers
@@ -32,10 +34,10 @@ class Pretrained(NamedTuple):
     weights: dict[str, Tensor]
     identity: str
     """sha256 of everything that determines its samples."""
-    clip: bool = True
-    """Whether sampling clips estimates of the clean image."""
     class_names: Sequence[str] | None = None
     """By class number; None if the names are not known."""
+    state: Mapping[str, Any] = MappingProxyType({})
+    """The state.json of its checkpoint; empty for a model from elsewhere."""
 
 
 def read(source: str, *, ema: bool, ema_length: float | None = None) -> Pretrained:
@@ -56,7 +58,10 @@ def read(source: str, *, ema: bool, ema_length: float | None = None) -> Pretrain
             raise ConfigError(f"--ema-length: {source} is a model of diffusers, with one average: leave it out")
         return _read_diffusers(source, directory)
     if files.exists(source) and not files.is_dir(source):
-        raise ConfigError(f"{source} is a file: give a run, a checkpoint or a diffusers directory")
+        remedy = "give a run, a checkpoint or a diffusers directory"
+        if source.endswith((".pt", ".pth", ".ckpt", ".bin")):
+            remedy = f"make a run of it with `ddpm import {source} --out RUN`, and give that"
+        raise ConfigError(f"{source} is a file: {remedy}")
     checkpoint, rejected = find_checkpoint(source)
     for line in rejected:
         messages.warning(f"{source}: {line}")
@@ -66,8 +71,9 @@ def read(source: str, *, ema: bool, ema_length: float | None = None) -> Pretrain
         weights, identity = checkpoint.tensors("ema" if ema else "model"), checkpoint.manifest_sha256
     else:
         weights, identity = ema_lengths.read(checkpoint, int(state["position"]["ema_updates"]), ema_length)
-    return Pretrained(config, weights, identity,
-                  class_names=_class_names(source, state.get("classes"), config.model.num_classes))  # fmt: skip
+    return Pretrained(
+        config, weights, identity, _class_names(source, state.get("classes"), config.model.num_classes), state
+    )
 
 
 def _read_diffusers(source: str, directory: str) -> Pretrained:
@@ -81,8 +87,9 @@ def _read_diffusers(source: str, directory: str) -> Pretrained:
             model=model,
             diffusion=diffusion,
             train=TrainSection(precision="fp32"),
-            sample=SamplingOptions(variance=variance),
+            sample=SamplingOptions(variance=variance, clip=clip),
         )
+        _check_betas(source, stored.scheduler, diffusion)
     except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as error:  # pydantic's are ValueErrors
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{source}: not the configuration of a diffusers model ({reason}): save it again") from None
@@ -93,7 +100,20 @@ def _read_diffusers(source: str, directory: str) -> Pretrained:
     classes = [model.num_classes] if model.num_classes and not model.label_dropout else []
     settings = json.dumps([stored.unet, stored.scheduler, *classes], sort_keys=True)
     identity = hashlib.sha256(b"".join(stored.data) + settings.encode()).hexdigest()
-    return Pretrained(config, weights, identity, clip, _class_names(source, stored.class_names, model.num_classes))
+    return Pretrained(config, weights, identity, _class_names(source, stored.class_names, model.num_classes))
+
+
+def _check_betas(source: str, scheduler: Mapping[str, Any], diffusion: DiffusionSection) -> None:
+    """Refuse listed betas that are not those of the diffusion."""
+    listed = scheduler.get("trained_betas")
+    if listed is None:
+        return
+    betas = DiffusionProcess.of(diffusion).schedule.betas
+    given = torch.tensor(listed, dtype=torch.float64)
+    if given.shape != betas.shape or not torch.allclose(given, betas, rtol=1e-5, atol=0):
+        raise ConfigError(
+            f"{source}: trained_betas in scheduler_config.json are not those that its other keys describe"
+        )
 
 
 def _class_names(source: str, stored: Any, count: int) -> tuple[str, ...] | None:
@@ -175,13 +195,17 @@ def norm_groups(source: str) -> int:
 
 def different_networks(there: Config, here: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that give equal weights a different meaning: key → (first value, second value)."""
-    harmless = ("model.dropout", "model.label_dropout", "model.attention_sizes", "model.norm_groups")
+    harmless = [
+        f"model.{key}"
+        for key in ("dropout", "label_dropout", "attention_sizes", "norm_groups", "head_channels", "num_heads")
+    ]
     different = {key: values for key, values in differences(there, here).items()
                  if (key.startswith("model.") and key not in harmless) or key == "data.channels"}  # fmt: skip
     more = {
         "model.norm_groups": (there.model.groups, here.model.groups),
         # Sizes in pixels may differ if the images have another size.
         "the levels with attention, by model.attention_sizes": (_attending_levels(there), _attending_levels(here)),
+        "the heads of attention, by model.head_channels or model.num_heads": (_heads(there), _heads(here)),
     }
     return different | {key: values for key, values in more.items() if values[0] != values[1]}
 
@@ -194,6 +218,13 @@ def listed_differences(different: dict[str, tuple[Any, Any]]) -> str:
 def _attending_levels(config: Config) -> list[int]:
     side, sizes = min(config.data.height_width), config.model.attention_sizes
     return [level for level in range(len(config.model.channel_mults)) if side >> level in sizes]
+
+
+def _heads(config: Config) -> list[int]:
+    """Of each level with attention, then of the middle block."""
+    section, mults = config.model, config.model.channel_mults
+    attending = [mults[level] for level in _attending_levels(config)] + [mults[-1]]
+    return [section.attention_heads(section.base_channels * mult) for mult in attending]
 
 
 def check_weights(model: Pretrained, source: str) -> None:

@@ -236,6 +236,32 @@ def publishing(url: str, *, durable: bool = True) -> Iterator[BinaryIO]:
             sync_dir(str(final.parent))
 
 
+@contextmanager
+def publishing_dir(url: str) -> Iterator[str]:
+    """Yield a directory to fill, which appears as `url` only if the block ends without an exception.
+
+    `url` must be empty or missing. On an object store the files are written in place, and removed after an exception.
+    """
+    if is_remote(url):
+        try:
+            yield url
+        except BaseException:
+            remove(url)
+            raise
+        return
+    final = local(url).absolute()
+    temporary = _temporary_name(final)
+    try:
+        make_dirs(str(temporary))
+        yield str(temporary)
+        with local_disk.explained(url):
+            os.replace(temporary, final)  # an empty directory may be there
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_dir(str(final.parent))
+
+
 def write_bytes(url: str, data: bytes, *, durable: bool = True) -> None:
     """Write a whole file atomically; `durable` and errors as for `publishing`."""
     if is_remote(url):

@@ -55,6 +55,11 @@ def check_run_dir(run_dir: str) -> None:
     if files.exists(run_dir) and not files.is_dir(run_dir):
         raise ConfigError(f"run.dir {run_dir} is a file: name a directory")
     names = {name for name in files.listdir(run_dir) if not name.startswith(".")}
+    if files.exists(RunDir(run_dir).imported):
+        raise ConfigError(
+            f"{run_dir} was imported: it has weights, but no data and no optimizer to resume from: take another "
+            f"run.dir with train.init_from={run_dir}"
+        )
     if "checkpoints" not in names and "config.yaml" in names:
         _parse_own(run_dir)
     elif "config.yaml" not in names and names - _BEFORE_A_RUN:

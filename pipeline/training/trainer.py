@@ -112,7 +112,9 @@ class Trainer:
         self.optimizer = make_adam(self.model, section.lr)
         self._network = world.data_parallel(self.model, section.gradient_compression) if world.size > 1 else self.model
         self._process = DiffusionProcess.of(
-            config.diffusion, variance=config.model.reverse_variance(config.sample.variance)
+            config.diffusion,
+            variance=config.model.reverse_variance(config.sample.variance),
+            clip=config.sample.clip,
         ).to(world.device)
         self.state = TrainState(lanes=config.data.lanes or default_lanes(section.global_batch))
         self.flops = 0.0

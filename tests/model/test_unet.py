@@ -101,10 +101,10 @@ def test_a_new_network_predicts_zero_and_its_branches_do_nothing():
 
 def test_weights_begin_with_the_variance_of_the_original_code():
     torch.manual_seed(0)
-    block = ResidualBlock(64, 128, embedding=256, groups=32, dropout=0.0, scale_shift=False)
+    block = ResidualBlock(64, 128, embedding=256, groups=32, eps=1e-6, dropout=0.0, scale_shift=False)
     assert block.conv1.weight.var().item() == pytest.approx(2 / (9 * (64 + 128)), rel=0.02)
     assert block.conv2.weight.var().item() == pytest.approx(1e-10 / (9 * 128), rel=0.02)
-    attention = Attention(128, 128, 32)
+    attention = Attention(128, 1, 32, 1e-6)
     assert attention.qkv.weight.var().item() == pytest.approx(1 / 128, rel=0.02)
     assert block.conv1.bias.abs().max() == 0
 
@@ -148,6 +148,9 @@ def test_downsampling_looks_right_and_down_only():
     image = torch.zeros(1, 1, 4, 4)
     image[0, 0, 0, 0] = image[0, 0, 2, 2] = 1.0
     torch.testing.assert_close(layer(image)[0, 0], torch.tensor([[2.0, 1.0], [1.0, 1.0]]))
+    on_all_sides = Downsample(1, padding=1)
+    nn.init.ones_(on_all_sides.conv.weight)
+    torch.testing.assert_close(on_all_sides(image)[0, 0], torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
 
 
 def with_policy(policy, **options):
@@ -237,7 +240,7 @@ def test_statistics_of_16_bit_features_are_taken_in_float32(device):
     # Sums of 4096 values near 100 would lose the deviation altogether in bfloat16.
     x = (100 + torch.randn(1, 8, 32, 64, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
     with torch.autocast(device, torch.bfloat16):
-        got = GroupNorm(2, 8).to(device)(x.to(device)).cpu()
+        got = GroupNorm(2, 8, 1e-6).to(device)(x.to(device)).cpu()
     groups = x.double().reshape(1, 2, -1)
     expected = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
     assert got.dtype == torch.bfloat16
@@ -326,8 +329,8 @@ def test_ddp_finds_every_parameter_in_use(tmp_path):
 
 
 def test_the_head_is_the_papers():
-    assert [type(module) for module in Head(32, 3, 32).children()] == [GroupNorm, RecomputeConv2d]
-    assert GroupNorm(32, 64).eps == 1e-6
+    assert [type(module) for module in Head(32, 3, 32, 1e-6).children()] == [GroupNorm, RecomputeConv2d]
+    assert {norm.eps for norm in tiny().modules() if isinstance(norm, GroupNorm)} == {1e-6}
 
 
 def ordinary(model, seed=1):

@@ -1,14 +1,11 @@
 """The batches of CIFAR-10 and CIFAR-100 as Krizhevsky published them, binary and pickled.
 
-https://www.cs.toronto.edu/~kriz/cifar.html. A pickle is a program. The unpickler here knows only the names of which
-numpy arrays are made, and gives a stub for each, which stores its arguments and does nothing else.
+https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import re
 from array import array
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from pipeline.data.sources.labels.label_encoder import from_numbers
 from pipeline.data.sources.numpy_file import image_file, row_names
 from pipeline.data.sources.source_file import OneFile, SourceFile
 from pipeline.errors import DataError
+from pipeline.restricted_unpickler import PickledStub, unpickled
 from pipeline.storage import files
 from pipeline.untrusted import error_text
 
@@ -31,19 +29,7 @@ _BATCH = re.compile(r"(data_batch_\d+|test_batch|train|test)(\.bin)?")
 _META_FILES = ("batches.meta", "batches.meta.txt", "meta", "fine_label_names.txt")
 _ROWS_AT_ONCE = 1 << 12
 _MAX_PICKLED = 1 << 30
-_ALLOWED_CODES = frozenset(
-    (
-        pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.NONE, pickle.NEWTRUE,
-        pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT,
-        pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.UNICODE, pickle.BINUNICODE,
-        pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8,
-        pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.LIST,
-        pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.DICT, pickle.SETITEM, pickle.SETITEMS, pickle.PUT,
-        pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GET, pickle.BINGET, pickle.LONG_BINGET,
-        pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BUILD,
-    )
-)  # fmt: skip
-"""Pickle's codes for lists, text, numbers and arrays."""
+_NAMES = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
 _PICKLE = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
@@ -169,54 +155,9 @@ def _text(name: str | bytes) -> str:
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else name
 
 
-class PickledStub:
-    """Stands for a numpy array, or the type of one."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle._Unpickler):
-    """Python's unpickler with few codes; the one in C allocates as much memory as a pickle claims to need.
-
-    Keys of dicts must be texts, as hashing nested tuples can take for ever.
-    """
-
-    stack: list[Any]
-    _ALLOWED = frozenset(
-        ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
-    )
-
-    def find_class(self, module: str, name: str) -> type[PickledStub]:
-        if f"{module} {name}" in self._ALLOWED:
-            return PickledStub
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not run")
-
-
-def _with_text_keys(load: Callable[[Any], None], keys: slice) -> Callable[[_Unpickler], None]:
-    def checked(unpickler: _Unpickler) -> None:
-        if not all(isinstance(key, str | bytes) for key in unpickler.stack[keys]):
-            raise pickle.UnpicklingError("a key that is no text")
-        load(unpickler)
-
-    return checked
-
-
-_LOADS: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
-_Unpickler.dispatch = {code: load for code, load in _LOADS.items() if bytes([code]) in _ALLOWED_CODES} | {
-    pickle.SETITEM[0]: _with_text_keys(_LOADS[pickle.SETITEM[0]], slice(-2, -1)),
-    pickle.SETITEMS[0]: _with_text_keys(_LOADS[pickle.SETITEMS[0]], slice(0, None, 2)),
-    pickle.DICT[0]: _with_text_keys(_LOADS[pickle.DICT[0]], slice(0, None, 2)),
-}
-
-
 def _unpickled(url: str, data: bytes) -> dict[str, Any]:
     try:
-        value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        value = unpickled(data, dict.fromkeys(_NAMES, PickledStub), encoding="bytes")
     except Exception as error:  # a damaged pickle can raise anything
         raise DataError(f"{url} is not a CIFAR batch ({error_text(error)}): copy it again") from error
     if not isinstance(value, dict):
