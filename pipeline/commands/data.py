@@ -66,7 +66,7 @@ def shard(
     ] = None,
     features: Annotated[
         str | None,
-        path("FILE", "Also write statistics of the images under this feature network, for `ddpm evaluate`."),
+        path("FILE", "Also compute the features of the images with this network, for `ddpm evaluate`."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a shard set of other sources or settings.")
