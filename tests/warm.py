@@ -223,15 +223,22 @@ def _serve(control: socket.socket) -> Call | None:
             connection, *files = received
             waiting = socket.socket(fileno=connection)
             call = Call(**_received(waiting))
+            begun, entered = os.pipe()  # the caller may signal the group of the process as soon as it knows its number
             pid = os.fork()
             if pid == 0:
+                if call.new_session:
+                    os.setsid()
+                os.close(begun)
+                os.close(entered)
                 waiting.detach()
                 control.detach()
                 for _, other in running.values():
                     other.detach()
                 _take_files([(file, number) for number, file in enumerate(files)])
                 return call
-            for file in files:
+            os.close(entered)
+            os.read(begun, 1)  # the end of the pipe
+            for file in (begun, *files):
                 os.close(file)
             running[os.pidfd_open(pid)] = pid, waiting
             waiting.sendall(_packed({"pid": pid}))
@@ -319,7 +326,7 @@ def _enter(call: Call) -> None:
     os.chdir(call.directory)
     os.environ.clear()
     os.environ.update(call.environment)
-    if call.new_session:
+    if call.new_session and os.getsid(0) != os.getpid():
         os.setsid()
     if call.name:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, call.name.encode())
