@@ -203,6 +203,12 @@ class RunSection(Section):
     """Steps between validation losses; 0: no validation."""
     val_samples: PositiveInt = 5000
     """Images of data.val_shards that a validation loss uses."""
+    evaluate_every: Length = 0
+    """Steps between evaluations with EMA weights, against data.val_shards or else data.shards; 0: none."""
+    evaluate_samples: Annotated[int, Field(ge=2)] = 2048
+    """Images drawn for an evaluation, as `sample` says."""
+    evaluate_features: str = ""
+    """Their features: --features of `ddpm evaluate`."""
     log_every: PositiveLength = 50
     """Steps between lines in TensorBoard and log.jsonl."""
     timeout: Duration = 600.0
@@ -274,6 +280,8 @@ class Config(Section):
             yield f"train.global_batch {batch} is not a multiple of data.lanes {lanes}: change one of them"
         if micro != "auto" and batch % micro:
             yield f"train.global_batch {batch} is not a multiple of train.micro_batch {micro}: change one of them"
+        if self.run.evaluate_every and not self.run.evaluate_features:
+            yield "run.evaluate_every needs run.evaluate_features: set it to a feature file, or to inception"
         if len(set(self.train.ema_lengths)) < len(self.train.ema_lengths):
             yield f"train.ema_lengths {list(self.train.ema_lengths)} has a length twice: drop one"
         if self.train.lr_stages and self.train.lr_schedule != "constant":
@@ -304,7 +312,8 @@ class Config(Section):
             raise ConfigError(f"{keys}: no steps at {samples} images an epoch: give a longer one") from error
 
 
-PATHS = {("data", "shards"), ("data", "val_shards"), ("train", "init_from"), ("run", "dir")}
+PATHS = {("data", "shards"), ("data", "val_shards"), ("train", "init_from"), ("run", "dir"),
+         ("run", "evaluate_features")}  # fmt: skip
 """Settings that are paths or URLs: text, however much it looks like a number."""
 _LENGTHS = [("train", "steps"), ("train", "warmup_steps")]
 _LENGTHS += [("run", key) for key in RunSection.model_fields if key.endswith("_every")]

@@ -35,6 +35,7 @@ from pipeline.sampling.pretrained import load_weights
 from pipeline.storage import files
 from pipeline.training import resume
 from pipeline.training.datasets import fit_classes, open_sets
+from pipeline.training.evaluator import Evaluator
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.micro_batch import peak_bytes
 from pipeline.training.phases import Phases
@@ -97,7 +98,8 @@ def train(config: Config, *, overrides: Collection[str] = (), quiet: bool = Fals
         meter = Meter(config.diffusion.timesteps, ranks.device, trainer.flops)
         phase = Phases(trainer.state, heartbeat, meter)
         try:
-            _loop(trainer, batches, shards, validation, log, meter, phase, interrupt, lease)
+            evaluator = _evaluator(config, ranks, [*held_out, shards][0], phase, interrupt)
+            _loop(trainer, batches, shards, validation, evaluator, log, meter, phase, interrupt, lease)
         except Diverged as error:
             safe = log.newest_safe_checkpoint()
             advice = (
@@ -118,6 +120,7 @@ def _loop(
     batches: Batches,
     shards: ShardSet,
     validation: Batch | None,
+    evaluator: Evaluator | None,
     log: RunLog,
     meter: Meter,
     phase: Phases,
@@ -139,8 +142,8 @@ def _loop(
             _report(trainer, batches, log, meter, interrupt)
         stops_early = vote.stop and state.step < last_step
         if not stops_early:
-            _validate(trainer, validation, log, phase)
-        if vote.stop or log.due("checkpoint", "keep", "ema_snapshot"):
+            _validate(trainer, validation, evaluator, log, phase)
+        if vote.stop or log.due("checkpoint", "keep", "ema_snapshot", "evaluate"):
             with phase("saving"):
                 _save(trainer, shards, log, lease, wait=bool(vote.stop) or state.step == last_step)
         if stops_early:
@@ -180,14 +183,22 @@ def _report(trainer: Trainer, batches: Batches, log: RunLog, meter: Meter, inter
     log.count_step()
 
 
-def _validate(trainer: Trainer, validation: Batch | None, log: RunLog, phase: Phases) -> None:
-    """Validation loss and previews, when they are due."""
+def _validate(
+    trainer: Trainer, validation: Batch | None, evaluator: Evaluator | None, log: RunLog, phase: Phases
+) -> None:
+    """Validation loss, previews and evaluation, when they are due."""
     if validation and log.due("val"):
         with phase("validation"):
             log.scalars({"val/loss": trainer.validation_loss(validation)})
     if log.due("preview"):
         with phase("preview"):
             log.preview(trainer.preview())
+    if evaluator and log.due("evaluate"):
+        figures = evaluator.evaluate(trainer.generator())
+        if figures is None:
+            log.info(f"step {trainer.state.step} is not evaluated: a stop was requested")
+        elif figures:
+            log.evaluation(figures)
 
 
 def _save(trainer: Trainer, shards: ShardSet, log: RunLog, lease: Lease, *, wait: bool) -> None:
@@ -259,6 +270,14 @@ def _make_trainer(config: Config, ranks: World, point: ResumePoint) -> Trainer:
     if source and not trainer.is_sound():
         raise NoCheckpoint(f"{source}: its weights give no finite loss: remove it or take an earlier checkpoint")
     return trainer
+
+
+def _evaluator(
+    config: Config, ranks: World, reference: ShardSet, phase: Phases, interrupt: Interrupt
+) -> Evaluator | None:
+    if not config.run.evaluate_every:
+        return None
+    return Evaluator(config, ranks, reference, lambda: phase("evaluation"), lambda: interrupt.requested is not None)
 
 
 def _open_batches(trainer: Trainer, shards: ShardSet) -> Batches:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from pipeline.checkpoints import ema_snapshots
 from pipeline.checkpoints.checkpoint import keep_forever, newest_safe_checkpoint, remove_old, write_checkpoint
+from pipeline.checkpoints.run_dir import RunDir
 from pipeline.checkpoints.safetensors_buffer import TensorFile
 from pipeline.errors import PipelineError
+from pipeline.storage import files
 
 _NICENESS = 10
 
@@ -88,6 +90,7 @@ class Saver(AbstractContextManager["Saver"]):
         state: Mapping[str, Any],
         *,
         snapshot_updates: int | None = None,
+        best: Mapping[str, Any] | None = None,
     ) -> bool:
         """Copy the tensors, and write them in the background. The caller may change them when this returns.
 
@@ -97,6 +100,7 @@ class Saver(AbstractContextManager["Saver"]):
             step: number of finished steps.
             parts: file stem → name → live tensor; the same names and shapes at each call.
             state: JSON values.
+            best: what to write into `best.json` when the checkpoint is there; None if it is not the best one.
             snapshot_updates: also keep a snapshot of the part `ema_snapshots.PART`, which has had so many updates.
 
         Returns:
@@ -117,7 +121,7 @@ class Saver(AbstractContextManager["Saver"]):
             torch.cuda.synchronize()
         self.figures["checkpoint/stall_s"] = time.monotonic() - called
         text = json.dumps(state, indent=1).encode() + b"\n"
-        self._pending = self._thread.submit(self._write, step, text, snapshot_updates)
+        self._pending = self._thread.submit(self._write, step, text, snapshot_updates, best)
         return True
 
     def collect_result(self, *, wait: bool = False) -> None:
@@ -149,7 +153,7 @@ class Saver(AbstractContextManager["Saver"]):
         if self.figures["checkpoint/failed"] == 1:
             self._warn(f"{what}, training continues (checkpoint/failed counts): {problem}")
 
-    def _write(self, step: int, state: bytes, snapshot_updates: int | None) -> _Result:
+    def _write(self, step: int, state: bytes, snapshot_updates: int | None, best: Mapping[str, Any] | None) -> _Result:
         started, committed, problem = time.monotonic(), False, None
         contents = {f"{part}.safetensors": file.pieces() for part, file in self._parts.items()}
         contents["state.json"] = [state]
@@ -162,6 +166,8 @@ class Saver(AbstractContextManager["Saver"]):
             )
             committed = True
             self._verified_paths.add(written.path)
+            if best is not None:
+                files.write_json(RunDir(self._run_dir).best, dict(best))
             if self._is_milestone(step):
                 keep_forever(written)
             remove_old(self._run_dir, self._keep_last, self._keep_every, verified_paths=self._verified_paths)

@@ -200,13 +200,38 @@ def step_of_manifest(run_dir: str, manifest_sha256: str) -> int | None:
     return None
 
 
+def best_step(run_dir: str) -> int | None:
+    """The step of the best checkpoint by `run.evaluate_every`; None if no evaluation has been saved."""
+    with suppress(FileNotFoundError, DataError, KeyError, TypeError):
+        return untrusted.count(files.read_json(RunDir(run_dir).best)["step"], "step")
+    return None
+
+
+def lowest_distance(run_dir: str) -> float | None:
+    """The Fréchet distance of the best checkpoint; None if no evaluation has been saved."""
+    with suppress(FileNotFoundError, DataError, KeyError, TypeError, ValueError):
+        return float(files.read_json(RunDir(run_dir).best)["frechet_distance"])
+    return None
+
+
+def best_checkpoint(run_dir: str) -> str:
+    """The directory of the best checkpoint of a run.
+
+    Raises:
+        ConfigError: the run was not evaluated while it was trained.
+    """
+    if (step := best_step(run_dir)) is None:
+        raise ConfigError(f"--best: {run_dir} was not evaluated: train it with run.evaluate_every, or leave --best out")
+    return RunDir(run_dir).checkpoint(step)
+
+
 def keep_forever(checkpoint: Checkpoint) -> None:
     """Mark a checkpoint so that `remove_old` never removes it."""
     files.write_bytes(files.join(checkpoint.path, _KEEP), b"")
 
 
 def remove_old(run_dir: str, keep_last: int, keep_every: int, *, verified_paths: Collection[str] = ()) -> None:
-    """Remove all checkpoints except the newest `keep_last`, those at multiples of `keep_every`, and marked ones.
+    """Remove all checkpoints but the newest `keep_last`, multiples of `keep_every`, the best one, and marked ones.
 
     Only valid checkpoints count towards `keep_last`: damaged ones and killed saves do not replace a good one. A
     checkpoint saved during a row of bad steps does not count either, and stays only while it is the newest: the next
@@ -219,11 +244,11 @@ def remove_old(run_dir: str, keep_last: int, keep_every: int, *, verified_paths:
         verified_paths: checkpoints that this process has written, or read in full: they are not read again.
     """
     run, valid = RunDir(run_dir), 0
-    steps = run.checkpoint_steps()
+    steps, best = run.checkpoint_steps(), best_step(run_dir)
     for step in reversed(steps):
         path = run.checkpoint(step)
         committed = _is_committed(path)
-        is_milestone = keep_every > 0 and step % keep_every == 0
+        is_milestone = step == best or (keep_every > 0 and step % keep_every == 0)
         bad = valid < keep_last and committed and _position(path).get("bad_in_a_row", 0) > 0
         if valid < keep_last and (not bad or step == steps[-1]):
             valid += committed and not bad and (path in verified_paths or _why_invalid(path) is None)

@@ -39,6 +39,8 @@ class RunDir:
         self.tensorboard = files.join(path, "tensorboard")
         self.evaluation = files.join(self.tensorboard, "evaluation")
         """Event files of `ddpm evaluate --log`, which may run while the run is trained."""
+        self.best = files.join(path, "best.json")
+        """The step with the lowest Fréchet distance of `run.evaluate_every`; its checkpoint is kept."""
         self.checkpoints = files.join(path, "checkpoints")
         self.previews = files.join(path, "previews")
         self.control = files.join(path, "control")

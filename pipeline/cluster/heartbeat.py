@@ -21,7 +21,7 @@ from pipeline.storage import files
 
 BEAT_S = 3.0
 """Seconds between two heartbeats of a rank."""
-PHASES = ("starting", "report", "validation", "preview", "saving", "data", "gradient", "update", "ended")
+PHASES = ("starting", "report", "validation", "preview", "evaluation", "saving", "data", "gradient", "update", "ended")
 """In the order of a step. What follows an update counts as the next step's."""
 _COLLECTIVE = ("gradient", "update")
 """Phases in which ranks wait for each other."""

@@ -83,6 +83,12 @@ def sample(
     ] = None,
     strength: Annotated[float | None, typer.Option(metavar="S", help=_STRENGTH)] = None,
     interpolate: Annotated[int | None, typer.Option(min=2, metavar="N", help=_INTERPOLATE)] = None,
+    best: Annotated[
+        bool,
+        typer.Option(
+            "--best", help="Use the checkpoint of RUN with the lowest Fréchet distance by run.evaluate_every."
+        ),
+    ] = False,
     ema: Annotated[
         bool, typer.Option("--ema/--no-ema", help="Use the averaged weights, or those of the last training step.")
     ] = True,
@@ -95,6 +101,7 @@ def sample(
     Options from --sampler to --size that are not given are those of the sample set if it was begun, else of the run.
     """
     from pipeline import sample as job
+    from pipeline.checkpoints.checkpoint import best_checkpoint
     from pipeline.data.shards.seeds import parse_seeds
     from pipeline.sampling.options import SamplingRequest
 
@@ -104,7 +111,7 @@ def sample(
                "dynamic_threshold": dynamic_threshold, "precision": precision, "label": label,
                "size": arguments.size(size) if size else None}  # fmt: skip
     request = SamplingRequest(
-        source, parse_seeds(seeds), {key: value for key, value in options.items() if value is not None}, out=out,
+        best_checkpoint(source) if best else source, parse_seeds(seeds), {key: value for key, value in options.items() if value is not None}, out=out,
         format=format, shard_samples=shard_samples, grid=grid, video=video, trajectory=trajectory,
         from_image=from_image, strength=strength, interpolate=interpolate, ema=ema, ema_length=ema_length,
         guide=guide,

@@ -9,7 +9,7 @@ from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.monitoring.meter import Meter
 from pipeline.training.train_state import TrainState
 
-_NO_TRAINING = {"validation", "preview", "saving"}
+_NO_TRAINING = {"validation", "preview", "evaluation", "saving"}
 
 
 class Phases:
@@ -18,7 +18,7 @@ class Phases:
     Args:
         state: of the run; its step is that of the phases.
         heartbeat: writes the phase of this rank to the run directory.
-        meter: counts "data" as waiting for data, and does not count validation, previews and saving as training.
+        meter: counts "data" as waiting for data, and does not count the phases in `_NO_TRAINING` as training.
     """
 
     def __init__(self, state: TrainState, heartbeat: Heartbeat, meter: Meter) -> None:

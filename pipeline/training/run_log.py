@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pipeline import messages
 from pipeline.checkpoints.async_save import Saver
-from pipeline.checkpoints.checkpoint import Checkpoint, keep_forever
+from pipeline.checkpoints.checkpoint import Checkpoint, keep_forever, lowest_distance
 from pipeline.cluster.lease import Lease
 from pipeline.cluster.world import World
 from pipeline.config import Config
+from pipeline.evaluation.intervals import Figure
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.telemetry import Telemetry
 from pipeline.training.intervals import Schedule
@@ -52,6 +53,8 @@ class RunLog:
         )
         self._telemetry: Telemetry | None = None
         self._saver: Saver | None = None
+        self._best: dict[str, Any] | None = None
+        self._lowest = lowest_distance(config.run.dir) if world.is_main and resumed else None
         if world.is_main:
             if resumed and schedule.is_milestone(resumed.step):  # the start that saved it may have been killed
                 keep_forever(resumed)
@@ -110,6 +113,24 @@ class RunLog:
         if self._telemetry:
             self._telemetry.scalars(self._state.step, figures)
 
+    def evaluation(self, figures: dict[str, Figure]) -> None:
+        """Figures of samples at this step, with intervals; the lowest Fréchet distance makes the best checkpoint."""
+        if not self._telemetry:
+            return
+        values = {
+            name: {"": figure.value, "/low": figure.low, "/high": figure.high} for name, figure in figures.items()
+        }
+        curves = {f"evaluation/{name}{end}": value for name, ends in values.items() for end, value in ends.items()}
+        distance = figures["frechet_distance"]
+        self.scalars(curves | {"evaluation/samples": float(distance.n)})
+        self.info(
+            f"step {self._state.step}: Fréchet distance {distance.value:.4g} (95 % interval {distance.low:.4g} to "
+            f"{distance.high:.4g}, {distance.n} samples against {distance.reference_n} images)"
+        )
+        if self._lowest is None or distance.value < self._lowest:
+            self._lowest = distance.value
+            self._best = {"step": self._state.step, "frechet_distance": distance.value, "samples": distance.n}
+
     def preview(self, sheet: NDArray[np.uint8]) -> None:
         """A sheet of samples at this step, uint8 (H, W, C)."""
         if self._telemetry:
@@ -134,7 +155,8 @@ class RunLog:
         problem = None
         if self._saver:
             updates = self._state.ema_updates if self.due("ema_snapshot") else None
-            begun = self._saver.save(self._state.step, tensors, state, snapshot_updates=updates or None)
+            best = self._best if self._best and self._best["step"] == self._state.step else None
+            begun = self._saver.save(self._state.step, tensors, state, snapshot_updates=updates or None, best=best)
             if wait and begun:
                 self._saver.collect_result(wait=True)
             problem = self._saver.problem

@@ -275,11 +275,15 @@ class Trainer:
         own = SamplingOptions(sampler="ddim", steps=steps, batch=each)
         guiding = ("guidance", "guidance_interval", "dynamic_threshold", "label")
         options = own.model_copy(update={key: getattr(self.config.sample, key) for key in guiding})
-        generator = Generator(self.config, self.ema.network(), self._process, world.device)
+        generator = self.generator()
         seeds = range(world.rank * each, (world.rank + 1) * each)
         mine = [image for _, image in generator.images(seeds, options)]
         images = world.gather(torch.from_numpy(np.stack(mine)).to(world.device))
         return grid(images[: run.preview_samples].cpu().numpy())
+
+    def generator(self) -> Generator:
+        """Draws with the averaged weights of this step; the next step changes them."""
+        return Generator(self.config, self.ema.network(), self._process, self.world.device)
 
     def _alone(self, *, last: bool) -> AbstractContextManager[None]:
         """Ranks talk only in the last micro-batch of a step."""

@@ -366,6 +366,18 @@ def save_at(run: str, step: int, *, bad_in_a_row: int = 0, updates: int | None =
     write_checkpoint(run, step, files(parts(step), {"step": step, "position": position}))
 
 
+def test_the_best_checkpoint_stays_until_another_one_is_best(run: str) -> None:
+    for step in range(10, 60, 10):
+        save_at(run, step)
+    storage.write_json(storage.join(run, "best.json"), {"step": 20, "frechet_distance": 1.5})
+    remove_old(run, keep_last=2, keep_every=0)
+    assert checkpoint.RunDir(run).checkpoint_steps() == [20, 40, 50]
+    assert checkpoint.best_checkpoint(run) == directory(run, 20) and checkpoint.lowest_distance(run) == 1.5
+    storage.write_json(storage.join(run, "best.json"), {"step": 40, "frechet_distance": 1.25})
+    remove_old(run, keep_last=1, keep_every=0)
+    assert checkpoint.RunDir(run).checkpoint_steps() == [40, 50]
+
+
 def spoil(run: str, step: int, part: str, value: float) -> None:
     """Write a checkpoint again with one value of one tensor changed; all of its files agree."""
     spoiled = parts(step)

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "config_file",
         "diffusion",
+        "evaluation",
         "messages",
         "model",
         "monitoring",
