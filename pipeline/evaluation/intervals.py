@@ -33,7 +33,11 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of sample quality with its 95 % interval over samples and reference."""
+    """A figure of sample quality with its 95 % interval over samples and reference.
+
+    `frechet_distance` and `inception_score` depend on the number of images, and their intervals are those of the limit
+    of infinitely many: with few images, `value` lies outside.
+    """
 
     value: float
     low: float
