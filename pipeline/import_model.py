@@ -221,7 +221,7 @@ def _renamed(
     network: foreign_weights.Network, weights: dict[str, Tensor], section: ModelSection, source: str
 ) -> dict[str, Tensor]:
     try:
-        return interchange.null_row_added(network.rename(weights), section)
+        return interchange.null_row_added(network.convert(weights), section)
     except (KeyError, RuntimeError, ValueError) as error:
         raise DataError(
             f"{source}: unknown weights ({error}): they are not of the network that it seems to be"
