@@ -25,6 +25,7 @@ from pipeline.config import (
     SamplingOptions,
     TrainSection,
 )
+from pipeline.diffusion.process import DiffusionProcess
 from pipeline.errors import ConfigError, DataError, NoCheckpoint
 from pipeline.model import diffusers_directory, foreign_weights, interchange
 from pipeline.model.foreign_weights import Kind, Told
@@ -80,6 +81,7 @@ def import_model(source: str, out: str, settings: ImportSettings) -> dict[str, A
         raise ConfigError(f"{source}: no such file or directory")
     made = _from_directory(source, settings) if files.is_dir(source) else _from_file(source, settings)
     model, taken = made.model, made.taken
+    DiffusionProcess.of(model.config.diffusion)  # refuses an impossible schedule
     pretrained.check_weights(model, source)
     for part, weights in (("weights", model.weights), ("averaged weights", made.ema)):
         if name := first_not_finite(weights):
@@ -219,7 +221,7 @@ def _renamed(
     network: foreign_weights.Network, weights: dict[str, Tensor], section: ModelSection, source: str
 ) -> dict[str, Tensor]:
     try:
-        return interchange.null_row_added(network.rename(weights), section)
+        return interchange.null_row_added(network.convert(weights), section)
     except (KeyError, RuntimeError, ValueError) as error:
         raise DataError(
             f"{source}: unknown weights ({error}): they are not of the network that it seems to be"

@@ -57,7 +57,7 @@ class Network(NamedTuple):
     attending: list[int]
     """The levels with attention, 0 the finest."""
     channels: int
-    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     """Weights under their names → under ours."""
 
 
@@ -135,7 +135,7 @@ def _w86763777(weights: Mapping[str, Tensor]) -> Network:
     for j in (0, 1):
         modules |= _block(f"middleblocks.{j}", "middle", j)
 
-    def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         renamed = _renamed(weights, modules, ignored=(_TABLE,))
         half = base // 2  # their embedding is sin, cos, sin, cos, …, ours has all sines first
         first = renamed["time_mlp.0.weight"]
@@ -148,7 +148,7 @@ def _w86763777(weights: Mapping[str, Tensor]) -> Network:
 
     widths = [weights[f"{name}.block1.2.weight"].shape[0] for name in first]
     section = {**_PYTORCH, "base_channels": base, "channel_mults": _mults(widths, base), "blocks_per_level": blocks}
-    return Network(section, attending, weights["head.weight"].shape[1], rename)
+    return Network(section, attending, weights["head.weight"].shape[1], convert)
 
 
 def _block(theirs: str, level: str, j: int) -> dict[str, str]:
@@ -181,7 +181,7 @@ def _openai(weights: Mapping[str, Tensor], told: Told) -> Network:
     attending = [level for level in range(levels) if f"{first[level]}.1.qkv.weight" in weights]
     modules = _openai_modules(blocks, levels, attending, by_blocks)
 
-    def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         flat = {name: _flat(name, tensor) for name, tensor in _renamed(weights, modules).items()}
         if told.attention_order == "legacy":
             flat |= {name: _by_head_last(tensor, told) for name, tensor in flat.items() if ".qkv." in name}
@@ -197,7 +197,7 @@ def _openai(weights: Mapping[str, Tensor], told: Told) -> Network:
     }  # fmt: skip
     if "label_emb.weight" in weights:  # no row of which means no class
         section |= {"num_classes": len(weights["label_emb.weight"]), "label_dropout": 0.0}
-    return Network(section, attending, channels, rename)
+    return Network(section, attending, channels, convert)
 
 
 def _openai_modules(blocks: int, levels: int, attending: list[int], by_blocks: bool) -> dict[str, str]:

@@ -29,7 +29,7 @@ def ours(weights: foreign.Weights, told: Told = WHOLE, **more: Any) -> UNet:
     sizes = tuple(min(SIZE) >> level for level in found.attending)
     section = ModelSection(attention_sizes=sizes, **found.section, **more)
     network = UNet(section, channels=found.channels, size=SIZE).eval()
-    network.load_state_dict(null_row_added(found.rename(weights), section))
+    network.load_state_dict(null_row_added(found.convert(weights), section))
     return network
 
 
