@@ -284,7 +284,7 @@ def test_a_size_that_cannot_be_halved_is_refused_with_the_nearest_that_can():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_channels": 12}, "model.head_channels: 12 does not divide the 16 channels of a level"),
+        ({"head_channels": 12}, "model.head_channels: 12 does not divide the 32 channels of a level"),
         ({"base_channels": 7}, "model.base_channels: 7 must be an even number of at least 4"),
     ],
 )
