@@ -28,7 +28,7 @@ def precision_recall(samples: NDArray[np.float32], reference: NDArray[np.float32
 
     The variances of the three shares come from disjoint subsets (`intervals.in_subsets`). That of the density is that
     of a mean over the samples plus that of the jackknife over the reference images, which knows that in many dimensions
-    a few large balls hold most samples; it is up to 1.6 times too large in few dimensions.
+    a few large balls hold most samples; in few dimensions it is up to twice too large.
 
     Args:
         samples: (n, D), n at least 2.
