@@ -73,7 +73,7 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
 def _is_checked_by_records(path: str, names: Sequence[str], *, has_tars: bool) -> bool:
     """Whether a directory is a set of samples that its index, if it has one, does not describe completely."""
     is_sample_set = any(sample_set.RECORD.fullmatch(name) for name in names)
-    return is_sample_set and (not has_tars or sample_set.is_unfinished(path))
+    return is_sample_set and (not has_tars or sample_set.index_is_incomplete(path))
 
 
 def _verify_checkpoint(path: str) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from pipeline.checkpoints import ema_snapshots
 from pipeline.checkpoints.checkpoint import newest_checkpoint, remove_old, verify_checkpoints
 from pipeline.errors import DataError
 from pipeline.storage import files
@@ -131,6 +132,21 @@ def test_killed_at_any_operation_of_a_save_the_run_goes_on_from_the_right_step(
         assert verify_checkpoints(run) == []
     assert deaths >= 6 * len([*FILES, "manifest.json"])  # opened, written in two, flushed, named, and that flushed
     assert complete == sorted(complete) and complete[-1] and not complete[-3]  # the manifest's name comes last
+
+
+def test_killed_at_any_operation_of_a_snapshot_it_is_whole_or_not_there(run: str) -> None:
+    def snapshot(value: bytes) -> None:
+        ema_snapshots.write(run, 10, [value * 100], updates=10)
+
+    deaths = 0
+    for _, lived in crash_points(lambda: snapshot(b"new"), run, lambda: snapshot(b"old")):
+        deaths += not lived
+        for committed_snapshot in ema_snapshots.committed(run):
+            assert files.read_bytes(committed_snapshot.path) in (b"old" * 100, b"new" * 100)
+        assert ema_snapshots.verify(run) == []
+        snapshot(b"new")
+        assert ema_snapshots.verify(run) == [] and len(ema_snapshots.committed(run)) == 1
+    assert deaths >= 11  # the old record removed; then twice opened, written in two, flushed, named
 
 
 def test_killed_at_any_operation_of_several_saves_with_retention_nothing_that_was_committed_is_lost(run: str) -> None:

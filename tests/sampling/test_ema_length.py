@@ -25,10 +25,14 @@ STEPS = 32
 
 @pytest.fixture(scope="module")
 def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 32 steps with 8 snapshots that keeps the weights of every step."""
+    """A run of 32 steps with 8 snapshots that keeps the weights of every step, and is resumed at step 18."""
     run = tmp_path_factory.mktemp("ema_length") / "run"
-    more = ("run.checkpoint_every=1", "run.keep_every=1", "run.ema_snapshot_every=4", f"train.steps={STEPS}")
-    ddpm("train", *TINY, f"data.shards={digits}", f"run.dir={run}", *more).check_returncode()
+    more = ("run.checkpoint_every=1", "run.keep_every=1", "run.ema_snapshot_every=4", "data.workers=0")
+    for steps in (18, STEPS):
+        ddpm(
+            "train", *TINY, f"data.shards={digits}", f"run.dir={run}", *more, f"train.steps={steps}"
+        ).check_returncode()
+    (run / "ema_snapshots/step_00000018.json").unlink()  # there, because the run ended there
     return run
 
 

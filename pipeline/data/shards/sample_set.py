@@ -225,11 +225,16 @@ def recorded_seeds(url: str, i: int) -> tuple[range, ...]:
     return _ranges(record) if record else ()
 
 
-def is_unfinished(url: str) -> bool:
-    """Whether a sample set lacks seeds that were asked for, or its index."""
-    records = [record for i in recorded(url) if (record := _read(url, i))]
-    is_in_tars = any("files" not in record for record in records)
-    return bool(_missing(records)) or (is_in_tars and not files.exists(files.join(url, shard_set.INDEX)))
+def index_is_incomplete(url: str) -> bool:
+    """Whether a sample set in tars has no index, or one that lacks shards with a record."""
+    if not files.exists(files.join(url, shard_set.INDEX)):
+        records = (record for i in recorded(url) if (record := _read(url, i)))
+        return any("files" not in record for record in records)
+    try:
+        indexed = {shard.stem for shard in shard_set.ShardSet.indexed(url).shards}
+    except (DataError, OSError):
+        return False  # it is damaged
+    return any(stem(i) not in indexed for i in recorded(url))
 
 
 def verify(url: str, each: Callable[[Sequence[int]], Iterable[int]] = iter) -> list[str]:

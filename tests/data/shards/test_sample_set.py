@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.shards import verify as integrity
-from pipeline.data.shards.sample_set import Format, SampleSet, is_unfinished, provenance, stem, verify
+from pipeline.data.shards.sample_set import Format, SampleSet, index_is_incomplete, provenance, stem, verify
 from pipeline.data.shards.seeds import count_within, merged, parse_seeds, ranges_text, seeds_text, without
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, DataError
@@ -265,7 +265,7 @@ def test_an_unfinished_set_says_which_seeds_are_missing(url: str, format: Format
     target = replace(sample_set(url, format=format), asked=parse_seeds("2-29,40"))
     draw(target, "2-29,40", only=[0, 3, 4, 10])
     line = "are missing (18 in all): the same `ddpm sample` command draws them"
-    assert is_unfinished(url) and verify(url) == [f"seeds 4-11,20-29 {line}"]
+    assert index_is_incomplete(url) == (format == "tar") and verify(url) == [f"seeds 4-11,20-29 {line}"]
     damaged = files.join(url, {"tar": "shard_000003.tar", "png": "000000013.png", "npz": "shard_000003.npz"}[format])
     whole = files.read_bytes(damaged)
     files.write_bytes(damaged, whole[:-1] + b"x")
@@ -277,9 +277,10 @@ def test_an_unfinished_set_says_which_seeds_are_missing(url: str, format: Format
     assert format != "tar" or verify(url) == [
         "index.json: missing, the set is not finished: the same `ddpm sample` command finishes it"
     ]
-    assert finish(target, "2-29,40") and not is_unfinished(url) and verify(url) == []
+    assert finish(target, "2-29,40") and not index_is_incomplete(url) and verify(url) == []
     more = replace(target, asked=parse_seeds("0-49"))  # another command extends it; the index is that of the first
     draw(more, "0-49", only=[12])
+    assert index_is_incomplete(url) == (format == "tar")
     assert verify(url) == [f"seeds 0-1,30-39,41-47 {line.replace('18', '19')}"]
 
 
