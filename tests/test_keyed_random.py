@@ -190,7 +190,7 @@ def test_streams_are_frozen() -> None:
     assert [(use.name, use.value) for use in Use] == [
         ("TIMESTEP", 1), ("NOISE", 2), ("FLIP", 3), ("LABEL_DROPOUT", 4), ("SHARD_ORDER", 5), ("LANE_ORDER", 6),
         ("SAMPLE_START", 7), ("SAMPLE_STEP", 8), ("VALIDATION_TIMESTEP", 9), ("VALIDATION_NOISE", 10),
-        ("SHARDING_CROP", 11), ("LIKELIHOOD", 12),
+        ("SHARDING_CROP", 11), ("LIKELIHOOD", 12), ("EVALUATION_GROUP", 13),
     ]  # fmt: skip
     ids = torch.tensor([0, 123_456_789_012])
     assert (uniforms(42, ids, Use.FLIP, (3,), 5) * 2**53).to(torch.int64).tolist() == UNIFORMS
