@@ -15,12 +15,15 @@ def memorised_share(samples: NDArray[np.float32], reference: NDArray[np.float32]
     For each sample: the distance to its nearest training image is compared with the distance from that image to the
     nearest other one of the training set.
 
-    How to read it: copies give 1. New images of the training images' own distribution do not give 0: the share is the
-    probability that a point and its nearest neighbour are nearest to each other (Clark and Evans 1955; Pickard 1982),
-    1/(2 - I), where I is the part of a ball that lies in an equal one around a point of its border: 2/3 in one
-    dimension, 0.62 in two, 0.53 in ten, towards 1/2 in many. Where images have low intrinsic dimension, expect about
-    0.5 to 0.6. Samples unlike all training images give less. To judge a model, compare with the share of held-out
-    images against the same training images: only an excess over it is memorisation.
+    How to read it: copies give 1. New images of the training images' own distribution do not give 0. With very many
+    images the share is the probability that a point and its nearest neighbour are nearest to each other (Clark and
+    Evans 1955; Pickard 1982), 1/(2 - I), where I is the part of a ball that lies in an equal one around a point of its
+    border: 2/3 in one dimension, 0.62 in two, towards 1/2 in many. With fewer images it is lower, because the nearest
+    training image lies where they are dense, near others. Measured for normal distributions: 0.42 in 8 dimensions (500
+    images of either), 0.32 in 16 (2,000), 0.2 in 64 (500). It also rises without any copy if samples keep to the dense
+    part: 0.55 in 32 dimensions with 0.8 times the deviation. So compare with the share of held-out images against the
+    same training images, in equal number: only an excess over it can be memorisation, and the sheet of nearest images
+    shows whether it is.
 
     The variance comes from disjoint subsets (`intervals.in_subsets`).
 

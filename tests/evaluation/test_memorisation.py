@@ -25,6 +25,12 @@ def test_fresh_samples_give_the_share_of_mutual_neighbours(dimensions, share):
     assert figure.low <= share + 0.01 and figure.high >= share - 0.01
 
 
+@pytest.mark.parametrize(("dimensions", "share"), [(8, 0.42), (64, 0.2)])
+def test_fresh_samples_where_images_are_few_give_what_the_docstring_says(dimensions, share):
+    samples, training = np.random.default_rng(0).normal(size=(2, 500, dimensions)).astype(np.float32)
+    assert memorised_share(samples, training).value == pytest.approx(share, abs=0.08)
+
+
 def test_by_hand():
     training = np.array([[0], [1], [10], [14]], np.float32)
     samples = np.array([[0.5], [3], [11], [20], [-2]], np.float32)  # nearer than 1, 1, 4, 4, 1?
