@@ -50,11 +50,15 @@ def export(source: str, out: str, *, ema: bool = True, samples: str | None = Non
             f"--samples {samples} has no {EVALUATION}: make it with `ddpm evaluate {samples}`, or leave it"
         )
     preview = run.newest_preview()
-    step = f" of step {model.state['step']:,}" if "step" in model.state else ""
+    weights = "the averaged weights (EMA)" if ema else "the last weights, not averaged,"
+    if project := model.state.get("imported"):
+        weights += f" of a model of {project}"
+    elif "step" in model.state:
+        weights += f" of step {model.state['step']:,}"
     card = model_card(
         files.local(out).name or out,
         config,
-        weights=f"{'the averaged weights (EMA)' if ema else 'the last weights, not averaged'}{step}",
+        weights=weights,
         state=model.state,
         class_names=model.class_names,
         evaluation=evaluation,

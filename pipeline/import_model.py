@@ -243,7 +243,8 @@ def _write_run(directory: str, out: str, made: _Made) -> None:
     settled = config.model.model_copy(update={"norm_groups": config.model.groups})
     config = config.model_copy(update={"model": settled, "run": config.run.model_copy(update={"dir": out})})
     text, names = config_file.dump(config), made.model.class_names
-    state = {"step": 0, "position": {}, "config": text, "classes": list(names) if names else None}
+    state: dict[str, Any] = {"step": 0, "position": {}, "config": text, "classes": list(names) if names else None}
+    state["imported"] = made.project
     parts = {"model": made.model.weights, "ema": made.ema}
     contents = {f"{part}.safetensors": [safetensors.torch.save(_dense(weights))] for part, weights in parts.items()}
     write_checkpoint(directory, 0, contents | {"state.json": [json.dumps(state, indent=1).encode()]})

@@ -214,5 +214,8 @@ def test_options_of_sampling_come_with_it(tmp_path: Path) -> None:
     import_model(str(tmp_path / "theirs"), str(tmp_path / "run"), ImportSettings())
     config = pretrained.read(str(tmp_path / "run"), ema=True).config
     assert (config.sample.variance, config.sample.clip) == ("fixed_large", False)
+    export(str(tmp_path / "run"), str(tmp_path / "back"))
+    card = (tmp_path / "back/README.md").read_text()  # says nothing of a training that it does not know
+    assert "of a model of diffusers" in card and "steps of training" not in card and "| train." not in card
     assert generator.load(str(tmp_path / "run"), CPU)._process.clip is False
     assert SamplingOptions().clip is True

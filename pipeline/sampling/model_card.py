@@ -15,6 +15,8 @@ from pipeline.config import Config
 from pipeline.errors import printable
 
 _SECTIONS = ("data", "model", "diffusion", "train", "sample")
+_OF_THE_MODEL = ("model", "diffusion", "sample")
+"""The sections that a model from elsewhere tells."""
 _PLACES = {("data", "shards"), ("data", "val_shards"), ("train", "init_from")}  # on the machine that trained
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#])")
 _MANY = 20
@@ -55,7 +57,7 @@ def model_card(
         _usage(config),
         _data(config, state, class_names),
         _figures(evaluation),
-        _configuration(config),
+        _configuration(config, _SECTIONS if state and "imported" not in state else _OF_THE_MODEL),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -87,7 +89,7 @@ def _data(config: Config, state: Mapping[str, Any], class_names: Sequence[str] |
     if class_names:
         more = f", … ({len(class_names)} in all)" if len(class_names) > _MANY else ""
         rows["classes"] = ", ".join(class_names[:_MANY]) + more
-    if "step" in state:
+    if "step" in state and "imported" not in state:
         rows["steps of training"] = f"{state['step']:,} of {config.train.global_batch} images"
     return "## Data and training\n" + _table(("what", "value"), rows.items())
 
@@ -116,11 +118,11 @@ def _figures(evaluation: Mapping[str, Any] | None) -> str:
     )
 
 
-def _configuration(config: Config) -> str:
+def _configuration(config: Config, sections: Sequence[str]) -> str:
     values = config.model_dump(mode="json")
     rows = [
         (f"{section}.{key}", value)
-        for section in _SECTIONS
+        for section in sections
         for key, value in values[section].items()
         if (section, key) not in _PLACES
     ]

@@ -19,6 +19,8 @@ OPTIONS = [
     {"learned_variance": True, "scale_shift": True},
     {"head_channels": 8, "num_classes": 2, "learned_variance": True, "scale_shift": True},
     {"channel_mults": (2, 1), "attention_sizes": (8,), "blocks_per_level": 2},
+    {"resample_blocks": True, "scale_shift": True, "num_heads": 2, "flip_sin_to_cos": True, "freq_shift": 0},
+    {"downsample_padding": 1, "norm_eps": 1e-5, "timestep_scale": 0.25},
 ]
 
 
@@ -159,7 +161,7 @@ def with_policy(policy, **options):
     return model
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.3, "num_classes": 2}, OPTIONS[2], OPTIONS[4]], ids=str)
+@pytest.mark.parametrize("options", [{"dropout": 0.3, "num_classes": 2}, *OPTIONS[2::2], OPTIONS[5]], ids=str)
 @pytest.mark.parametrize("policy", ["attention", "blocks", "full"])
 def test_checkpointing_changes_no_gradient_even_with_dropout(policy, options):
     gradients = []
