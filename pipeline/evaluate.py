@@ -171,7 +171,8 @@ def as_table(result: dict[str, Any]) -> str:
     lines = [f"{'figure':28}{'value':>12}   95 % interval"]
     for name, figure in result["figures"].items():
         title = name.replace("_", " ") + " (FID)" * (name == "frechet_distance" and is_inception)
-        lines.append(f"{title:28}{figure['value']:>12.5g}   {figure['low']:.5g} to {figure['high']:.5g}")
+        of = ", of the distance at infinity" * (name == "frechet_distance")
+        lines.append(f"{title:28}{figure['value']:>12.5g}   {figure['low']:.5g} to {figure['high']:.5g}{of}")
     against = f" against {result['reference_n']:,}" if "reference_n" in result else ""
     lines.append(f"{result['n']:,} images{against}")
     return "\n".join(lines + [f"note: {note}" for note in result.get("notes", ())])
