@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# One worker more than cores: many tests wait more than they compute.
+PYTEST := $(BIN)/python -m pytest -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 BENCHMARKS := "shard_throughput.py --rounds 3" "loader_throughput.py --rounds 2" "checkpoint_stall.py --saves 3" \
   "train_step.py --threads 1" "sampling.py --threads 1" "roofline.py --threads 1" "ddp_scaling.py --rounds 4" "cost.py --threads 1" memory.py
@@ -32,7 +33,7 @@ runs/demo/DONE: | shards/digits/index.json
 shards/digits/index.json: | $(VENV)/ready
 	$(BIN)/ddpm shard shards/digits.zip --out shards/digits --size 8 --channels 1
 
-test: $(VENV)/ready  ## many tests wait more than they compute
+test: $(VENV)/ready
 	$(PYTEST)
 
 quick: $(VENV)/ready  ## under two minutes on 2 cores: no test file of tests/conftest.py's LONG, but one run from images to samples

@@ -48,7 +48,8 @@ def figures(
     report(STEPS[1])
     found["kernel_distance"] = kernel_distance(samples, reference)
     report(STEPS[2])
-    found |= precision_recall(samples, reference)
+    shares = precision_recall(samples, reference)
+    found |= {name: shares[name] for name in ("precision", "recall", "density", "coverage")}
     if logits is not None:
         report(STEPS[3])
         found["inception_score"] = inception_score(logits)

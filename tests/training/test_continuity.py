@@ -40,7 +40,7 @@ CHANGES: dict[str, Any] = {
     "train.lr_stages": [[5, 1e-3]], "train.warmup_steps": 20, "train.clip_norm": 2.0, "train.precision": "fp32",
     "train.checkpointing": "full", "train.ema_device": "cpu",
     "train.compile": True, "train.gradient_compression": "bf16",
-    "train.deterministic": True, "train.ema_decay": 0.99, "train.init_from": "x",
+    "train.deterministic": True, "train.ema_lengths": (0.08,), "train.ema_decay": 0.99, "train.init_from": "x",
     "train.device": "cpu", "train.seed": 1, "train.max_bad_steps": 3, "sample.sampler": "ddim", "sample.batch": 2,
     "run.dir": "runs/b", "run.checkpoint_every": 7, "run.keep_last": 5, "run.log_every": 3,
 }  # fmt: skip

@@ -209,7 +209,7 @@ def test_weights_that_no_step_can_follow_from_are_not_sound(
     assert not trainer.is_sound()
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("policy", ["full"])  # plain ones are compiled in tests/sampling and tests/model
 def test_compiled_blocks_train_as_others_and_each_kind_is_compiled_once(
     alone: World, batch: Batch, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
