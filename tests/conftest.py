@@ -23,7 +23,8 @@ LONG = (
     "test_shard.py", "slurm", "test_cli.py", "sampling/test_generator.py", "diffusion/test_samplers.py", "test_plan.py",
     "diffusion/test_sampler_truth.py", "training/test_memory_estimate.py", "data/loading", "test_index.py",
     "test_doctor.py", "data/shards/test_damage.py", "processes/test_pool.py", "training/test_start.py",
-    "model/test_unet.py", "cluster", "test_sample.py", "data/sources/test_parquet.py",
+    "model/test_unet.py", "cluster", "test_evaluate.py", "sampling/test_ema_length.py", "test_export.py",
+    "test_sample.py", "training/test_evaluator.py", "data/sources/test_parquet.py",
 )  # fmt: skip
 """Files and directories with the longest tests, longest first; the files of slurm, which share a cluster, lie apart."""
 
