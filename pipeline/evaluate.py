@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.checkpoints.checkpoint import step_of_manifest
+from pipeline.checkpoints.run_dir import RunDir
 from pipeline.cluster.device import own_device
 from pipeline.cluster.interrupt import Interrupt
 from pipeline.cluster.launch_environment import in_turn, process_rank
 from pipeline.data.images import preprocess
 from pipeline.data.images.contact_sheet import grid
 from pipeline.data.loading.batches import Batch, read_range
+from pipeline.data.shards import sample_set
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, DataError, Stopped
 from pipeline.evaluation import features as feature_networks
@@ -184,6 +186,13 @@ def _check_outputs(request: EvaluationRequest) -> None:
     for url in (request.samples, request.against):
         if not files.is_dir(url):
             raise ConfigError(f"{url}: no such directory: give a sample set or a shard set")
+        if files.exists(RunDir(url).config) or files.exists(RunDir(url).checkpoints):
+            raise ConfigError(f"{url} is a run: draw samples first, `ddpm sample {url} --seeds 0-9999 --out SAMPLES`")
+        kind = sample_set.provenance(url).get("format", "tar")
+        if kind != "tar":
+            raise ConfigError(
+                f"{url} holds samples as {kind}: draw them with --format tar, or make a set of them with `ddpm shard`"
+            )
 
 
 def _check_alike(samples: ShardSet, reference: ShardSet) -> None:

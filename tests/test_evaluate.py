@@ -180,7 +180,7 @@ def test_copies_are_exposed_and_shown_beside_what_they_copy(
 
 
 def test_sets_that_are_not_alike_are_refused_in_one_line(
-    evaluate: Callable[..., Any], root: Path, digits: Path, tmp_path: Path
+    evaluate: Callable[..., Any], root: Path, digits: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"with 3 channels, .* of 8x8 px with 1 channel: make the reference anew"):
         evaluate(against=digits)
@@ -190,6 +190,12 @@ def test_sets_that_are_not_alike_are_refused_in_one_line(
         evaluate(nearest=tmp_path / "near.jpg")
     with pytest.raises(ConfigError, match="no checkpoint of this run drew"):
         evaluate(log=tmp_path)
+    with pytest.raises(ConfigError, match=r"is a run: draw samples first, `ddpm sample "):
+        evaluate(samples=tiny_run)
+    drawn = ddpm("sample", tiny_run, "--seeds", "0-3", "--out", tmp_path / "pngs", "--format", "png", "--quiet")
+    assert drawn.returncode == 0, drawn.stderr
+    with pytest.raises(ConfigError, match="holds samples as png: draw them with --format tar, or make a set of them"):
+        evaluate(samples=tmp_path / "pngs")
     for arguments, message in (
         ((), "give --against SHARDSET and --features FILE|inception, or --likelihood SHARDSET"),
         (("--likelihood", digits, "--against", digits), "--likelihood goes with --cache only"),
