@@ -31,7 +31,7 @@ from pipeline.evaluation import features as feature_networks
 from pipeline.evaluation import likelihood as likelihoods
 from pipeline.evaluation.features import INCEPTION_SHA256, Extractor
 from pipeline.evaluation.figures import figures, notes
-from pipeline.evaluation.intervals import Figure
+from pipeline.evaluation.intervals import Figure, curves
 from pipeline.evaluation.memorisation import memorised_share
 from pipeline.evaluation.neighbours import nearest
 from pipeline.evaluation.result_file import Arrays
@@ -93,13 +93,13 @@ def evaluate(request: EvaluationRequest, *, quiet: bool = False) -> dict[str, An
             return {"complete": False}
         of_samples, of_reference = sets[samples.sha256].read(), sets[reference.sha256].read()
         result = _compare(of_samples, of_reference, samples, reference, extractor)
-        if process_rank().rank == 0:
-            files.write_json(files.join(request.cache or samples.url, RESULT), result)
-            if request.nearest:
-                sheet = _nearest_sheet(samples, reference, of_samples["features"], of_reference["features"])
-                files.write_bytes(request.nearest, preprocess.encode(sheet, "png"))
-            if request.log:
-                record_evaluation(request.log, step, result["figures"])
+        # Of several processes the one that ends last comes here, whatever its rank; if more do, they write the same.
+        files.write_json(files.join(request.cache or samples.url, RESULT), result)
+        if request.nearest:
+            sheet = _nearest_sheet(samples, reference, of_samples["features"], of_reference["features"])
+            files.write_bytes(request.nearest, preprocess.encode(sheet, "png"))
+        if request.log:
+            record_evaluation(request.log, step, curves(result["figures"]))
         return {"complete": True, **result}
 
 
@@ -259,7 +259,7 @@ def _compare(
 
 
 def _as_json(found: dict[str, Figure]) -> dict[str, dict[str, float]]:
-    return {name: {"value": figure.value, "low": figure.low, "high": figure.high} for name, figure in found.items()}
+    return {name: figure.as_json() for name, figure in found.items()}
 
 
 def _step_of(samples: ShardSet, run: str) -> int:

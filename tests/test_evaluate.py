@@ -98,6 +98,12 @@ def test_any_number_of_processes_and_stops_give_the_same_files(
     assert [path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("features-*/*")] == stamps
 
     monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (0, 2, 1):  # the last one to end writes the figures, whatever its rank
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        last = evaluate(cache=tmp_path / "ranks")
+        assert last["complete"] == (rank == 1) == (tmp_path / "ranks/evaluation.json").exists()
+    assert last == alone and files(tmp_path / "ranks") == before
     for rank in (2, 0):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank))

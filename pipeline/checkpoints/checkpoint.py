@@ -202,15 +202,22 @@ def step_of_manifest(run_dir: str, manifest_sha256: str) -> int | None:
 
 def best_step(run_dir: str) -> int | None:
     """The step of the best checkpoint by `run.evaluate_every`; None if no evaluation has been saved."""
-    with suppress(FileNotFoundError, DataError, KeyError, TypeError):
-        return untrusted.count(files.read_json(RunDir(run_dir).best)["step"], "step")
+    with suppress(DataError):
+        return untrusted.count(_best(run_dir, "step"), "step")
     return None
 
 
 def lowest_distance(run_dir: str) -> float | None:
     """The Fréchet distance of the best checkpoint; None if no evaluation has been saved."""
-    with suppress(FileNotFoundError, DataError, KeyError, TypeError, ValueError):
-        return float(files.read_json(RunDir(run_dir).best)["frechet_distance"])
+    with suppress(TypeError, ValueError):
+        return float(_best(run_dir, "frechet_distance"))
+    return None
+
+
+def _best(run_dir: str, key: str) -> Any:
+    """A value of `best.json`; None if there is none."""
+    with suppress(FileNotFoundError, DataError, KeyError, TypeError):
+        return files.read_json(RunDir(run_dir).best)[key]
     return None
 
 

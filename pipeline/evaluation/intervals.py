@@ -12,7 +12,7 @@ images: Politis and Romano 1994, "Large sample confidence regions based on subsa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 
@@ -46,6 +46,16 @@ class Figure:
     """Samples."""
     reference_n: int
     """Reference images; 0 if the figure has no reference."""
+
+    def as_json(self) -> dict[str, float]:
+        """The figure as `evaluation.json` has it."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def curves(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The names and values of figures in TensorBoard, from name → value, low and high."""
+    ends = {"": "value", "/low": "low", "/high": "high"}
+    return {f"evaluation/{name}{end}": figure[part] for name, figure in figures.items() for end, part in ends.items()}
 
 
 def random_groups(count: int, groups: int) -> NDArray[np.int64]:

@@ -120,7 +120,7 @@ class Telemetry(AbstractContextManager["Telemetry"]):
                 self._warn(f"curves and images are not recorded, training continues: {error}")
 
 
-def record_evaluation(run_dir: str, step: int, figures: dict[str, dict[str, float]]) -> None:
+def record_evaluation(run_dir: str, step: int, curves: dict[str, float]) -> None:
     """Write the figures of an evaluation as curves of a run, in an event file and directory of their own.
 
     A job that trains the run may be writing to its other files.
@@ -128,17 +128,13 @@ def record_evaluation(run_dir: str, step: int, figures: dict[str, dict[str, floa
     Args:
         run_dir: the run.
         step: of the checkpoint that drew the samples.
-        figures: name → value, low and high.
+        curves: by name.
 
     Raises:
         DataError: there is no space left, or no permission.
     """
     now = time.time()
-    values = [
-        Summary.Value(tag=f"evaluation/{name}" + f"/{part}" * (part != "value"), simple_value=figure[part])
-        for name, figure in figures.items()
-        for part in ("value", "low", "high")
-    ]
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in curves.items()]
     name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
     data = _framed(
         Event(wall_time=now, file_version="brain.Event:2"),

@@ -16,7 +16,7 @@ from pipeline.checkpoints.checkpoint import Checkpoint, keep_forever, lowest_dis
 from pipeline.cluster.lease import Lease
 from pipeline.cluster.world import World
 from pipeline.config import Config
-from pipeline.evaluation.intervals import Figure
+from pipeline.evaluation.intervals import Figure, curves
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.telemetry import Telemetry
 from pipeline.training.intervals import Schedule
@@ -117,15 +117,12 @@ class RunLog:
         """Figures of samples at this step, with intervals; the lowest Fréchet distance makes the best checkpoint."""
         if not self._telemetry:
             return
-        values = {
-            name: {"": figure.value, "/low": figure.low, "/high": figure.high} for name, figure in figures.items()
-        }
-        curves = {f"evaluation/{name}{end}": value for name, ends in values.items() for end, value in ends.items()}
         distance = figures["frechet_distance"]
-        self.scalars(curves | {"evaluation/samples": float(distance.n)})
+        values = curves({name: figure.as_json() for name, figure in figures.items()})
+        self.scalars(values | {"evaluation/samples": float(distance.n)})
         self.info(
-            f"step {self._state.step}: Fréchet distance {distance.value:.4g} (95 % interval {distance.low:.4g} to "
-            f"{distance.high:.4g}, {distance.n} samples against {distance.reference_n} images)"
+            f"step {self._state.step}: Fréchet distance {distance.value:.4g} (95 % interval of that at infinity "
+            f"{distance.low:.4g} to {distance.high:.4g}, {distance.n} samples against {distance.reference_n} images)"
         )
         if self._lowest is None or distance.value < self._lowest:
             self._lowest = distance.value
