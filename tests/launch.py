@@ -102,5 +102,8 @@ def until(condition: Callable[[], bool], launcher: subprocess.Popen[bytes], time
         if launcher.poll() is not None:
             return condition()
         time.sleep(0.002)
+    log = Path(f"/proc/{launcher.pid}/fd/1").resolve()  # where its output goes
     kill(launcher)
-    raise AssertionError(f"condition not met in {timeout_s} s")
+    raise AssertionError(
+        f"condition not met in {timeout_s} s; {log}:\n{log.read_text()[-4000:] if log.is_file() else ''}"
+    )

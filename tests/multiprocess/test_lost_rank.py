@@ -95,7 +95,8 @@ def test_a_second_trainer_is_told_who_holds_the_run(digits: Path, tmp_path: Path
     assert f"{run} is held by process {holder} on " in second.stderr
     assert not (run / "FAILED.json").exists()
     before = logged_steps(run)
-    assert until(lambda: logged_steps(run) > before, first), "the first one was disturbed"
+    undisturbed = until(lambda: logged_steps(run) > before and committed_step(run) > 0, first)
+    assert undisturbed, "the second one disturbed the first"
 
     kill(first)  # a dead holder on this machine is replaced at once
     begun = time.monotonic()
