@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation.test_features import npz, resnet_weights
 from tests.launch import ddpm
 from tests.slurm.cluster import ROOT, Cluster, Job, thaw
 
@@ -52,6 +53,25 @@ def test_a_sampling_task_may_be_stopped_and_killed_and_the_set_is_whole(
     assert tasks[0].end() == "COMPLETED", tasks[0].text()
     assert ddpm("verify", out).returncode == 0
     assert {name: data for name, data in files(out).items() if name.endswith(".tar")} == tars
+
+
+def test_an_evaluation_may_be_stopped_and_its_figures_are_those_of_one_process(
+    cluster: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    npz(tmp_path / "resnet.npz", resnet_weights())
+    asked = (digits, "--against", digits, "--features", tmp_path / "resnet.npz", "--cache")
+    script = ("launch/slurm/evaluate.sbatch", *asked, tmp_path / "cache")
+    array = cluster.submit("--array=0", *script, log=tmp_path / "log")
+    task = Job(cluster, f"{array.number}_0", tmp_path / "log")
+    (held,) = task.freeze("evaluate", count=1)
+    task.cancel("--batch", "--signal=USR2")
+    task.until(lambda: Path(held.environ()["DDPM_STOP_FILE"]).exists())
+    thaw([held])
+    assert task.end() == "COMPLETED" and task["Restarts"] == "1", task.text()
+    assert "stop requested" in task.text() and "frechet distance" in task.text()
+    ddpm("evaluate", *asked, tmp_path / "alone").check_returncode()
+    figures = [(tmp_path / name / "evaluation.json").read_bytes() for name in ("cache", "alone")]
+    assert figures[0] == figures[1]
 
 
 def test_parts_of_a_shard_set_are_the_bytes_of_one_job(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
