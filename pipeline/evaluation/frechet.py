@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.evaluation.intervals import Figure, around, random_groups
-from pipeline.evaluation.moments import Moments, factor, frechet_distance
+from pipeline.evaluation.moments import Moments, frechet_distance
 
 _BLOCK = 4096
 _SINGULAR = 1e-10
@@ -79,12 +79,11 @@ def _moments(rows: NDArray[np.float32], mask: NDArray[np.bool_]) -> Iterator[Mom
 
 def _variance(samples: NDArray[np.float32], reference: NDArray[np.float32], a: Moments, b: Moments) -> float:
     """Variance of the distance: that of the influence of an image over the number of images, summed over both sets."""
-    roots = factor(a.covariance), factor(b.covariance)
-    left, singular, right = np.linalg.svd(roots[0].T @ roots[1])
+    left, singular, right = np.linalg.svd(a.factor.T @ b.factor)
     kept = singular > _SINGULAR * singular[0]
     # xᵀ T x is |x G|² with G = F V S^-½ of the *other* set's factor F, as F Fᵀ = B and F_aᵀ F_b = U S Vᵀ.
     scale = 1 / np.sqrt(singular[kept])
-    maps = roots[1] @ (right[kept].T * scale), roots[0] @ (left[:, kept] * scale)
+    maps = b.factor @ (right[kept].T * scale), a.factor @ (left[:, kept] * scale)
     return sum(
         float(_influences(rows, own, other, to_other).var(ddof=1)) / own.count
         for rows, own, other, to_other in ((samples, a, b, maps[0]), (reference, b, a, maps[1]))

@@ -7,6 +7,7 @@ any kind, and are not stored. The distance depends on the number of images: comp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,13 @@ class Moments:
         centred = features - mean
         return Moments(len(features), mean, centred.T @ centred / max(len(features) - 1, 1))
 
+    @cached_property
+    def factor(self) -> NDArray[np.float64]:
+        """(D, D) F with F Fᵀ = covariance; eigenvalues below 0, a result of rounding, count as 0."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        root: NDArray[np.float64] = vectors * np.sqrt(values.clip(min=0))
+        return root
+
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
         apart = other.mean - self.mean
@@ -69,14 +77,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if min(a.count, b.count) < 2:
         raise DataError(f"a Fréchet distance between {a.count} and {b.count} images: give at least 2 on either side")
-    overlap = np.linalg.svd(factor(a.covariance).T @ factor(b.covariance), compute_uv=False).sum()
+    overlap = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
     apart = a.mean - b.mean
     squared = apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
     return max(float(squared), 0.0)
-
-
-def factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(D, D) F with F Fᵀ = covariance; eigenvalues below 0, a result of rounding, count as 0."""
-    values, vectors = np.linalg.eigh(covariance)
-    root: NDArray[np.float64] = vectors * np.sqrt(values.clip(min=0))
-    return root

@@ -3,7 +3,7 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.evaluation.frechet import _influences, _variance, frechet_figures
-from pipeline.evaluation.moments import Moments, factor, frechet_distance
+from pipeline.evaluation.moments import Moments, frechet_distance
 
 
 def normal(count, mean, deviations, seed):
@@ -51,9 +51,8 @@ def test_the_influence_is_the_derivative_of_the_distance():
     # Of the distance to a mixture with a share of a single image, by that share: a difference of two distances.
     a, b = normal(400, 0, WIDE, 0), normal(300, 0.5, NARROW, 1)
     own, other = Moments.of(a), Moments.of(b)
-    roots = factor(own.covariance), factor(other.covariance)
-    _, singular, right = np.linalg.svd(roots[0].T @ roots[1])
-    influences = _influences(a, own, other, roots[1] @ (right.T / np.sqrt(singular)))
+    _, singular, right = np.linalg.svd(own.factor.T @ other.factor)
+    influences = _influences(a, own, other, other.factor @ (right.T / np.sqrt(singular)))
 
     def distance(image, share):
         apart = image - own.mean
