@@ -25,14 +25,14 @@ TIME = 512
 class Block(nn.Module):
     """Two convolutions beside a shortcut; the time enters between them."""
 
-    def __init__(self, in_channels: int, out_channels: int, attends: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, time: int, groups: int, attends: bool) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(32, in_channels), nn.GroupNorm(32, out_channels)
+        self.norm1, self.norm2 = nn.GroupNorm(groups, in_channels), nn.GroupNorm(groups, out_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(TIME, out_channels)
+        self.time = nn.Linear(time, out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.attention = Attention(out_channels) if attends else nn.Identity()
+        self.attention = Attention(out_channels, groups) if attends else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Features (B, C, H, W) and the time's (B, T) → (B, C', H, W)."""
@@ -43,9 +43,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Every pixel looks at all others, in plain matrix products."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = nn.GroupNorm(groups, channels)
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,36 +57,46 @@ class Attention(nn.Module):
 
 
 class ArticleNet(nn.Module):
-    """Noisy image and timestep → noise."""
+    """Noisy image, timestep and, if there are classes, class → noise.
 
-    def __init__(self) -> None:
+    Args:
+        channels: of each level, multiples of a quarter of the first, which is the number of groups of each norm.
+        time: features of the embedding of time and class.
+        classes: the article has none; they are added to the time, as in the networks that have them.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = CHANNELS, time: int = TIME, classes: int = 0) -> None:
         super().__init__()
-        width = CHANNELS[0]
-        self.time = nn.Sequential(nn.Linear(width, TIME), nn.SiLU(), nn.Linear(TIME, TIME))
+        width = self._width = channels[0]
+        groups = width // 4
+        self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
+        self.classes = nn.Embedding(classes, time) if classes else None
         self.first = nn.Conv2d(3, width, 3, padding=1)
         self.down, self.up, kept = nn.ModuleList(), nn.ModuleList(), [width]
-        for level, out in enumerate(CHANNELS):
+        for level, out in enumerate(channels):
             for _ in range(BLOCKS):
-                self.down.append(Block(width, out, ATTENDS[level]))
+                self.down.append(Block(width, out, time, groups, ATTENDS[level]))
                 width = out
                 kept.append(width)
-            if level < len(CHANNELS) - 1:
+            if level < len(channels) - 1:
                 self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
                 kept.append(width)
-        self.middle = nn.ModuleList([Block(width, width, True), Block(width, width, False)])
-        for level, out in reversed(list(enumerate(CHANNELS))):
+        self.middle = nn.ModuleList([Block(width, width, time, groups, True), Block(width, width, time, groups, False)])
+        for level, out in reversed(list(enumerate(channels))):
             for _ in range(BLOCKS + 1):
-                self.up.append(Block(width + kept.pop(), out, ATTENDS[level]))
+                self.up.append(Block(width + kept.pop(), out, time, groups, ATTENDS[level]))
                 width = out
             if level:
                 self.up.append(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1))
-        self.last = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+        self.last = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """(B, 3, H, W) and (B,) → (B, 3, H, W)."""
-        half = CHANNELS[0] // 2
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W), (B,) and (B,) → (B, 3, H, W)."""
+        half = self._width // 2
         angles = t[:, None] * torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / (half - 1)))
         time = self.time(torch.cat((angles.sin(), angles.cos()), dim=1))
+        if self.classes is not None:
+            time = time + self.classes(labels)
         kept = [x := self.first(x)]
         for layer in self.down:
             x = layer(x, time) if isinstance(layer, Block) else layer(x)

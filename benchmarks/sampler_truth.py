@@ -22,7 +22,6 @@ import json
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from html import escape
 from itertools import groupby
 from math import log10
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any, get_args
 
 import diffusers
 import mixture
+import svg
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -179,17 +179,6 @@ def _mark(row: Row, winners: dict[int, Row]) -> str:
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 300, 300, 62, 58, 22
 LOWEST, HIGHEST = 1e-3, 1.0
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195")
-Point = tuple[float, float]
-
-
-def _line(points: list[Point], color: str, width: float, more: str = "") -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" {more}/>'
-
-
-def _text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(words)}</text>'
 
 
 def _panel(
@@ -197,42 +186,42 @@ def _panel(
 ) -> Iterator[str]:
     """One schedule: a frame with its ticks, and a line for each contestant."""
 
-    def at(evaluations: float, sw1: float) -> Point:
+    def at(evaluations: float, sw1: float) -> svg.Point:
         across = log10(evaluations / BUDGETS[0]) / log10(BUDGETS[-1] / BUDGETS[0])
         return left + 12 + across * (WIDTH - 24), TOP + log10(HIGHEST / sw1) / log10(HIGHEST / LOWEST) * HEIGHT
 
-    def line(chosen: list[Row]) -> list[Point]:
+    def line(chosen: list[Row]) -> list[svg.Point]:
         return [at(row.evaluations, max(row.sw1, LOWEST)) for row in chosen]
 
     bottom = TOP + HEIGHT
     yield f'<clipPath id="c{left}"><rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}"/></clipPath>'
     for power in (1e-3, 1e-2, 1e-1, 1.0):
         y = at(10, power)[1]
-        yield _line([(left, y), (left + WIDTH, y)], "#e4e4e4", 1)
+        yield svg.line([(left, y), (left + WIDTH, y)], "#e4e4e4", 1)
         if first:
-            yield _text(left - 7, y + 4, f"{power:g}", "end")
+            yield svg.text(left - 7, y + 4, f"{power:g}", "end")
         for digit in range(2, 10) if power < 1 else ():
             y = at(10, power * digit)[1]
-            yield _line([(left, y), (left + 4, y)], "#555", 0.8)
+            yield svg.line([(left, y), (left + 4, y)], "#555", 0.8)
     for budget in BUDGETS:
         x = at(budget, 1)[0]
-        yield _line([(x, bottom), (x, bottom - 5)], "#555", 1)
-        yield _text(x, bottom + 17, str(budget))
-    yield _text(left + WIDTH / 2, TOP - 9, title, more='font-weight="bold"')
-    yield _text(left + WIDTH / 2, bottom + 37, "network evaluations")
+        yield svg.line([(x, bottom), (x, bottom - 5)], "#555", 1)
+        yield svg.text(x, bottom + 17, str(budget))
+    yield svg.text(left + WIDTH / 2, TOP - 9, title, more='font-weight="bold"')
+    yield svg.text(left + WIDTH / 2, bottom + 37, "network evaluations")
     yield f'<g clip-path="url(#c{left})" stroke-linejoin="round">'
-    yield _line([at(10, least), at(100, least)], "#555", 1, 'stroke-dasharray="1 3"')
+    yield svg.line([at(10, least), at(100, least)], "#555", 1, 'stroke-dasharray="1 3"')
     names = dict.fromkeys(row.name for row in sorted(rows, key=lambda row: row.ours))
     for name in names:
         chosen = [row for row in rows if row.name == name]
         if not chosen[0].ours:
-            yield _line(line(chosen), "#b5b5b5", 1, 'stroke-dasharray="4 3"')
+            yield svg.line(line(chosen), "#b5b5b5", 1, 'stroke-dasharray="4 3"')
             continue
-        yield _line(line(chosen), colors[name], 2)
+        yield svg.line(line(chosen), colors[name], 2)
         for x, y in line([row for row in chosen if row.default]):
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colors[name]}"/>'
     winners = [best([row for row in rows if row.evaluations == budget and not row.ours]) for budget in BUDGETS]
-    yield _line(line(winners), "#333", 1.8, 'stroke-dasharray="6 4"')
+    yield svg.line(line(winners), "#333", 1.8, 'stroke-dasharray="6 4"')
     yield f'</g><rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#555"/>'
 
 
@@ -240,26 +229,23 @@ def plot(rows: list[Row], least: float) -> str:
     """The distances over the evaluations as SVG, a panel for each schedule; of the first prediction type."""
     rows = [row for row in rows if row.prediction_type == rows[0].prediction_type]
     names = list(dict.fromkeys(row.schedule for row in rows))
-    colors = dict(zip(dict.fromkeys(row.name for row in rows if row.ours), COLORS))
+    colors = dict(zip(dict.fromkeys(row.name for row in rows if row.ours), svg.COLORS))
     width, height = LEFT + len(names) * (WIDTH + GAP), TOP + HEIGHT + 50
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-        ' font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#222">',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        _text(0, 0, "distance to the truth (SW1)", more=f'transform="translate(15 {TOP + HEIGHT / 2}) rotate(-90)"'),
+        svg.text(0, 0, "distance to the truth (SW1)", more=f'transform="translate(15 {TOP + HEIGHT / 2}) rotate(-90)"'),
     ]
     keys = [(name, color, "2", "") for name, color in colors.items()]
     keys += [("best of diffusers", "#333", "1.8", "6 4"), ("other diffusers", "#b5b5b5", "1", "4 3")]
     x = float(LEFT)
     for words, color, stroke, dashes in [*keys, ("draws of the truth", "#555", "1", "1 3")]:
-        parts.append(_line([(x, 18), (x + 22, 18)], color, float(stroke), f'stroke-dasharray="{dashes}"'))
-        parts.append(_text(x + 27, 22, words, "start"))
+        parts.append(svg.line([(x, 18), (x + 22, 18)], color, float(stroke), f'stroke-dasharray="{dashes}"'))
+        parts.append(svg.text(x + 27, 22, words, "start"))
         x += 42 + 7.2 * len(words)
-    parts += [f'<circle cx="{x + 8:.1f}" cy="18" r="4" fill="#222"/>', _text(x + 18, 22, "our default", "start")]
+    parts += [f'<circle cx="{x + 8:.1f}" cy="18" r="4" fill="#222"/>', svg.text(x + 18, 22, "our default", "start")]
     for i, name in enumerate(names):
         here = [row for row in rows if row.schedule == name]
         parts += _panel(LEFT + i * (WIDTH + GAP), here, colors, least, name, first=i == 0)
-    return "\n".join([*parts, "</svg>\n"])
+    return svg.document(width, height, parts)
 
 
 def main() -> None:
@@ -277,7 +263,7 @@ def main() -> None:
     say(f"SW1 of {mixture.SEEDS:,} samples (seeds from 0); of as many draws of the mixture itself: {least:.4f}")
     rows = list(measure(truth, options.prediction_types))
     if options.plot:
-        options.plot.write_text(plot(rows, least))
+        options.plot.writesvg.text(plot(rows, least))
     for line in tables(rows):
         say(line)
     if options.json:
