@@ -164,7 +164,7 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(
         "train.seed=5",
         "data.flip=false",
     )
-    refused(2, "train.seed: 0 -> 5", "data.flip: True -> False", "--override train.seed", "free to change are run.*",
+    refused(2, "train.seed: 0 -> 5", "data.flip: True -> False", "--override train.seed", "fixed once a run starts",
                    job="train", arguments=arguments)  # fmt: skip
     assert not (tiny_run / "checkpoints/step_00000009").exists()
 
