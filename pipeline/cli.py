@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from pipeline import messages
 from pipeline.cluster.interrupt import signals_to
-from pipeline.cluster.launch_environment import count
+from pipeline.cluster.launch_environment import count, tell_launcher
 from pipeline.commands import data, interchange, models, runs, suggestions
 from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
 
@@ -70,4 +70,5 @@ def _exit(message: str, code: int) -> NoReturn:
     rank = count("RANK", 0)
     for line in message.splitlines():
         messages.error(f"ddpm{f' (rank {rank})' if rank else ''}: {line}")
+    tell_launcher(message)
     sys.exit(code)

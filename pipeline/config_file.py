@@ -84,10 +84,9 @@ def check_keys(keys: Collection[str]) -> None:
     problems = []
     for key in keys:
         if key not in known:
-            near = nearest_key(key.partition("=")[0]) or next(
-                iter(difflib.get_close_matches(key, known, cutoff=0.5)), ""
-            )
-            hint = f"did you mean {near}?" if near else "write section.key, such as train.lr"
+            meant = nearest_key(key.partition("=")[0])
+            near = [meant] if meant else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "write section.key, such as train.lr"
             problems.append(f"--override {key}: unknown key; {hint}")
     if problems:
         raise ConfigError("\n".join(problems))

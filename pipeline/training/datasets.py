@@ -111,8 +111,8 @@ def agree_on_classes(
     if not num_classes and sets[0].classes and stored is None:
         count = len(sets[0].classes)
         info(
-            f"{sets[0].url} has {count} class{'es' * (count > 1)}, which this run does not learn: model.num_classes is 0 "
-            f"(unconditional); model.num_classes={count} learns them"
+            f"{sets[0].url} has {count} class{'es' * (count > 1)}, which this run does not learn, as model.num_classes "
+            f"is 0 (unconditional): model.num_classes={count} learns them"
         )
     for shards in sets:
         fit_classes(shards, names, info, warn)

@@ -86,7 +86,7 @@ def test_the_refusal_shows_every_difference_and_what_to_do() -> None:
 
 def test_overriding_one_key_does_not_free_another() -> None:
     new = config(train={"seed": 3}, data={"window": 7})
-    with pytest.raises(ConfigError, match=r"\(data.window: 256 -> 7\)"):
+    with pytest.raises(ConfigError, match=r"\(data.window: 256 -> 7 in runs/a\)"):
         check_same_run(config(), new, 100, overrides=["train.seed"])
     check_same_run(config(), new, 100, overrides=["train.seed", "data.window"])
 
