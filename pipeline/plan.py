@@ -118,7 +118,9 @@ def on_a_gpu(
             f"the rate of --gpu {gpu} is known in bf16 only, and train.precision is {section.precision}: give --flops "
             "as measured in training"
         )
-    steps = config.in_steps(samples).train.steps if samples or isinstance(section.steps, int) else None
+    steps = section.steps if str(section.steps).isdecimal() else None
+    if samples:
+        steps = config.in_steps(samples).train.steps
     if rate and steps is None:
         missing.append(f"train.steps is {section.steps}: give --samples, the images of an epoch, to see the hours")
     hours = footprints[policy].flops * batch * steps / rate / 3600 if rate and steps else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pipeline.data.sources.inputs import is_image_name
 from pipeline.storage import files
 
-_RECORD = re.compile(r".+-\d{6,}\.json")
+_OWN = re.compile(r".+-\d{6,}\.(tar|npy|json)")
 _SAMPLES = re.compile(r"shard_\d{6,}\.(json|npz)")
 _TABLES = (".parquet", ".zip", ".npz", ".npy", ".tar.gz", ".tgz")
 _LOOKED_INTO = 3
@@ -35,7 +35,7 @@ def _recognized_file(url: str) -> Iterator[str]:
 
 
 def _recognized(url: str) -> Iterator[str]:
-    """What a directory holds; the first line is the best. Nothing of a shard set that is not finished."""
+    """What a directory holds; the first line is the best. Nothing of what may be an unfinished shard set."""
     names = files.listdir(url)
     if {"config.yaml", "checkpoints"} <= set(names):
         yield f"{url} is a run, not a shard set: name a set, such as data.shards in {files.join(url, 'config.yaml')}"
@@ -46,7 +46,7 @@ def _recognized(url: str) -> Iterator[str]:
                 f"with {_command(url)}"
             )
         yield f"{url} is a sample set that is not finished: run the same `ddpm sample` command again"
-    if any(map(_RECORD.fullmatch, names)):
+    if any(map(_OWN.fullmatch, names)):
         return
     if any(name.endswith(".tar") for name in names):
         yield f"{url} holds tars without an index: run `ddpm index {url} --out SHARDSET`, and name SHARDSET"
