@@ -190,7 +190,7 @@ def _validate(
     run, step = trainer.config.run, trainer.state.step
     if validation and log.due("val"):
         with phase("validation"):
-            log.info(f"step {step}: computing the validation loss of {len(validation.images):,} images")
+            log.info(f"step {step}: computing the validation loss")
             log.scalars({"val/loss": trainer.validation_loss(validation)})
     if log.due("preview"):
         with phase("preview"):
