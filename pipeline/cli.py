@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 import typer
+from typer.main import get_command
 
 from pipeline import messages
 from pipeline.cluster.interrupt import signals_to
-from pipeline.cluster.launch_environment import count
-from pipeline.commands import data, interchange, models, runs
-from pipeline.errors import DataError, PipelineError, Stopped
+from pipeline.cluster.launch_environment import count, tell_launcher
+from pipeline.commands import data, interchange, models, runs, suggestions
+from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
 
 _INTERRUPTED = 130
+_HEAD_START_S = 2.0
+"""Time for another process of the job to write the message that both have."""
 
 app = typer.Typer(
     help="DDPM at cluster scale: images → shards → run → samples → figures.\n\n"
@@ -41,6 +45,9 @@ def main(words: list[str] | None = None) -> NoReturn:
         try:
             code = app(words, prog_name="ddpm", standalone_mode=False)  # an exit code where the parser ends it
         except PipelineError as error:
+            if error.is_told_elsewhere or (isinstance(error, ConfigError | Stopped) and count("LOCAL_RANK", 0)):
+                time.sleep(_HEAD_START_S)  # the launcher ends all processes when the first one has ended
+                sys.exit(error.exit_code)
             _exit(str(error), error.exit_code)
         except typer.Abort as error:  # typer raises it for an EOFError
             _exit(f"a file ends too early ({error.__cause__}): copy or make it again", DataError.exit_code)
@@ -49,9 +56,7 @@ def main(words: list[str] | None = None) -> NoReturn:
                 _exit(f"the help cannot be written: {error.strerror}", DataError.exit_code)
             if not hasattr(error, "format_message"):  # not an error of the parser but a bug: show the traceback
                 raise
-            _exit(
-                f"{' '.join(error.format_message().split())} `ddpm --help` and `ddpm JOB --help` list what there is.", 2
-            )
+            _exit(suggestions.explain(error, words, get_command(app)), 2)
     if code == _INTERRUPTED:
         _exit("interrupted: finished parts stay, the same command continues from there", _INTERRUPTED)
     sys.exit(code or 0)
@@ -65,4 +70,5 @@ def _exit(message: str, code: int) -> NoReturn:
     rank = count("RANK", 0)
     for line in message.splitlines():
         messages.error(f"ddpm{f' (rank {rank})' if rank else ''}: {line}")
+    tell_launcher(message)
     sys.exit(code)

@@ -31,21 +31,47 @@ def load(name: str, overrides: Iterable[str], read: Callable[[str], str], expand
     Raises:
         ConfigError: one line for each problem, with file, line and key.
     """
-    values, locations = _read_file(name, read, ())
+    (values, locations), problems = _read_file(name, read, ()), list[str]()
     for override in overrides:
         key, equals, text = override.partition("=")
         section, dot, field = key.partition(".")
         if not (section and dot and field and equals):
-            raise ConfigError(f"{override!r} is not a setting: write section.key=value, such as train.lr=1e-4")
+            meant = nearest_key(key) if equals else None
+            hint = f"did you mean {meant}={text}?" if meant else "write section.key=value, such as train.lr=1e-4"
+            problems.append(f"{override!r} is not a setting: {hint}")
+            continue
         try:
             value = _parse_value((section, field), text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{override!r}: the value is not YAML: {_oneline(error)}") from error
+            problems.append(f"{override!r}: the value is not YAML: {_oneline(error)}")
+            continue
         values.setdefault(section, {})
         values[section] = {**values[section], field: value} if isinstance(values[section], dict) else {field: value}
         locations[section, field] = "command line"
         locations.setdefault((section,), "command line")
-    return _validated(_expand_paths(values, expand), locations, name)
+    try:
+        config = _validated(_expand_paths(values, expand), locations, name)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def nearest_key(name: str) -> str | None:
+    """`section.key` of the known setting that a name most likely means; None if none is near.
+
+    Args:
+        name: a mistyped or foreign name, with or without a section: `train.learning_rate`, `num_class`.
+    """
+    section, _, key = name.rpartition(".")
+    key = _OTHER_NAMES.get(key, key)
+    known = [(own, of_own) for own in _known_keys(()) for of_own in _known_keys((own,))]
+    near = [section, *difflib.get_close_matches(section, _known_keys(()), n=1)]
+    for wanted in (key, *difflib.get_close_matches(key, [of_own for _, of_own in known], n=3, cutoff=0.6)):
+        if found := sorted((own for own, of_own in known if of_own == wanted), key=lambda own: own not in near):
+            return f"{found[0]}.{wanted}"
+    return None
 
 
 def check_keys(keys: Collection[str]) -> None:
@@ -55,11 +81,15 @@ def check_keys(keys: Collection[str]) -> None:
         ConfigError: a key is unknown; the message names the nearest known one.
     """
     known = [f"{section}.{key}" for section in _known_keys(()) for key in _known_keys((section,))]
+    problems = []
     for key in keys:
         if key not in known:
-            near = [k for k in known if k.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            meant = nearest_key(key.partition("=")[0])
+            near = [meant] if meant else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "write section.key, such as train.lr"
-            raise ConfigError(f"--override {key}: unknown key; {hint}")
+            problems.append(f"--override {key}: unknown key; {hint}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def parse_stored(text: str, name: str = "configuration") -> Config:
@@ -139,6 +169,14 @@ _SHORTENED.maxstring = _SHORTENED.maxother = 200
 
 _Locations = dict[tuple[str, ...], str]
 _MAX_PARENTS = 8
+_OTHER_NAMES = {
+    "learning_rate": "lr", "batch_size": "global_batch", "train_batch_size": "global_batch", "epochs": "steps",
+    "num_epochs": "steps", "max_steps": "steps", "max_train_steps": "steps", "resolution": "size",
+    "image_size": "size", "num_workers": "workers", "output_dir": "dir", "mixed_precision": "precision",
+    "gradient_checkpointing": "checkpointing", "ema": "ema_decay", "num_timesteps": "timesteps",
+    "num_train_timesteps": "timesteps", "beta_schedule": "schedule", "dataset": "shards", "data_dir": "shards",
+}  # fmt: skip
+"""Names of settings in other programs."""
 _NULLS = ("", "~", "null", "Null", "NULL")
 _REQUIRED = {("run", "dir"), ("data", "shards")}
 
@@ -229,6 +267,8 @@ def _explain(key: tuple[str, ...], problems: list[Any], locations: _Locations, n
     location = locations.get(key) or locations.get(key[:1]) or name
     if problems[0]["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key[-1], _known_keys(key[:-1]), n=1, cutoff=0.5)
+        if len(key) == 2 and (meant := nearest_key(".".join(key))):
+            near = [meant.removeprefix(f"{key[0]}."), *near]
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_known_keys(key[:-1]))}"
         return [f"{location}: {'.'.join(key)}: unknown key; {hint}"]
     messages = list(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in problems))

@@ -61,22 +61,24 @@ def recommend(machine: Machine, run: dict[str, Any] | None = None) -> dict[str, 
     from pipeline.config import Config
     from pipeline.data.loading.order import allowed_worlds, default_lanes
 
-    train = Config().train
-    lanes = (run or {}).get("lanes") or default_lanes(train.global_batch)
-    processes = max(ranks for ranks in allowed_worlds(lanes) if ranks <= max(len(machine.gpus), 1))
-    config = f"{run['path']}/config.yaml" if run else "CONFIG.yaml"
+    train, own = Config().train, run or {}
+    precision = own.get("precision") or train.precision
+    on_gpu = bool(machine.gpus) and own.get("device") != "cpu"
+    lanes = own.get("lanes") or default_lanes(train.global_batch)
+    processes = max(ranks for ranks in allowed_worlds(lanes) if ranks <= (len(machine.gpus) if on_gpu else 1))
+    file = f"{run['path']}/config.yaml" if run else "CONFIG.yaml"
     launcher = (
         f"accelerate launch --multi_gpu --num_machines 1 --num_processes {processes} --main_process_port 0 "
         "--mixed_precision no --dynamo_backend no -m pipeline.train"
     )
-    has_bf16 = all(gpu.bf16 for gpu in machine.gpus) if machine.gpus else machine.cpu_bf16
+    has_bf16 = all(gpu.bf16 for gpu in machine.gpus) if on_gpu else machine.cpu_bf16
     return {
-        "device": "cuda" if machine.gpus else "cpu",
+        "device": "cuda" if on_gpu else "cpu",
         "processes": processes,
-        "precision": train.precision,
-        "precision_emulated": not has_bf16,
-        "command": f"{launcher if processes > 1 else 'ddpm train'} --config {config}",
-        "slurm_command": f"sbatch --nodes=1 launch/slurm/train.sbatch {config}" if machine.tools["sbatch"] else None,
+        "precision": precision,
+        "precision_emulated": precision == "bf16" and not has_bf16,
+        "command": f"{launcher if processes > 1 else 'ddpm train'} --config {file}",
+        "slurm_command": f"sbatch --nodes=1 launch/slurm/train.sbatch {file}" if machine.tools["sbatch"] else None,
     }
 
 
@@ -159,10 +161,12 @@ def _as_text(key: str, value: Any) -> str:
 
 
 def _inspect_run(path: str) -> dict[str, Any]:
-    """The state of a run, its newest step, its lanes, who holds it, and the seconds that its last save took."""
+    """The state of a run, its newest step, what its configuration asks of a machine, who holds it, its last save."""
+    from pipeline import config_file
     from pipeline.checkpoints.checkpoint import committed_step
     from pipeline.checkpoints.run_dir import RunDir
     from pipeline.cluster import failure, interrupt, lease
+    from pipeline.data.loading.order import default_lanes
     from pipeline.storage import files
     from pipeline.training import start
 
@@ -170,7 +174,9 @@ def _inspect_run(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such run: give the run.dir of one")
     start.check_run_dir(path)
     run, step, holder = RunDir(path), committed_step(path), lease.current_holder(path)
-    state, lanes, save_s = "new" if step == 0 else "to be resumed", None, None
+    state, save_s = "new" if step == 0 else "to be resumed", None
+    config = config_file.parse_stored(files.read_bytes(run.config).decode()) if files.exists(run.config) else None
+    lanes = config and (config.data.lanes or default_lanes(config.train.global_batch))
     if files.exists(run.done):
         state = "done"
     elif failed := failure.read(path):
@@ -189,6 +195,8 @@ def _inspect_run(path: str) -> dict[str, Any]:
         "state": state,
         "step": step,
         "lanes": lanes,
+        "device": config and config.train.device,
+        "precision": config and config.train.precision,
         "holder": str(holder) if holder else None,
         "save_s": save_s,
     }

@@ -35,6 +35,8 @@ class PipelineError(Exception):
     """An error that one line explains to the user."""
 
     exit_code = 1
+    is_told_elsewhere = False
+    """Whether another process of the job has the same error and writes its message."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__("\n".join(map(printable, message.split("\n"))))

@@ -81,7 +81,7 @@ def evaluate(request: EvaluationRequest, *, quiet: bool = False) -> dict[str, An
         DataError: an image or a file of features is damaged, or there is no space left.
         Stopped: on request; the features of finished shards stay.
     """
-    with Interrupt() as interrupt:
+    with Interrupt("" if quiet else "features of finished shards stay") as interrupt:
         _check_outputs(request)
         samples, reference = ShardSet.open(request.samples), ShardSet.open(request.against)
         _check_alike(samples, reference)
@@ -125,7 +125,7 @@ def likelihood(
         NoCheckpoint: the run holds no valid checkpoint.
         Stopped: on request; finished shards stay.
     """
-    with Interrupt() as interrupt:
+    with Interrupt("" if quiet else "finished shards stay") as interrupt:
         shards = ShardSet.open(url)
         generator = generators.load(source, own_device(), ema=ema)
         data = generator.config.data

@@ -18,7 +18,7 @@ from pipeline.data.shards.index_tars import Indexer, Tar
 from pipeline.data.shards.join import collect, is_part, publish, reference, refuse_too_many_bad
 from pipeline.data.shards.settings import IndexSettings
 from pipeline.data.shards.shard_set import INDEX, REJECTED, ShardRecord, ShardSet, read_record
-from pipeline.data.shards.summary import Summary
+from pipeline.data.shards.summary import Summary, train_command
 from pipeline.data.sources import globs
 from pipeline.data.sources.source_file import SourceFile
 from pipeline.errors import ConfigError, DataError, Stopped
@@ -73,7 +73,7 @@ def index(
         read, counts = _index_foreign(urls, out, settings, workers, quiet)
         labels_from = ".cls or .json of the samples" if counts["classes"] else "no .cls or .json of a sample says one"
     refuse_too_many_bad(out, counts, max_bad_fraction)
-    seconds = time.monotonic() - started
+    seconds, made = time.monotonic() - started, ShardSet.indexed(out)
     return Summary(
         out=out,
         **counts,
@@ -84,6 +84,7 @@ def index(
         images_per_s=round(counts["inputs"] * read / len(urls) / seconds, 1),
         how=how,
         labels_from="--labels none" if settings.labels == "none" else labels_from,
+        next=train_command(out, made.size, made.channels, len(made.classes or ())),
     )
 
 
@@ -191,7 +192,7 @@ def _read_tars(tars: list[Tar], out: str, settings: IndexSettings, workers: int,
     """Read those tars that have no valid record yet; returns how many they were."""
     files.make_dirs(out)
     indexer = Indexer(out, settings)
-    with Interrupt() as interrupt:
+    with Interrupt("" if quiet else "tars that are read stay so") as interrupt:
         unread = [tar for tar in tars if not indexer.has_record(tar)]
         records = pool.run(
             Indexer.index,

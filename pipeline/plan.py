@@ -68,7 +68,13 @@ def plan(config: Config, samples: int | None = None) -> dict[str, Any]:
 
 
 def on_a_gpu(
-    config: Config, *, memory_bytes: int | None = None, gpu: str | None = None, flops: float | None = None
+    config: Config,
+    *,
+    memory_bytes: int | None = None,
+    gpu: str | None = None,
+    flops: float | None = None,
+    samples: int | None = None,
+    price: float | None = None,
 ) -> dict[str, Any]:
     """Memory and time of a step on one GPU that processes the whole global batch, estimated without that GPU.
 
@@ -77,18 +83,21 @@ def on_a_gpu(
         memory_bytes: memory of the GPU; needed for `fits` and `auto`.
         gpu: one of `GPUS`; this or `flops` is needed for images/s.
         flops: FLOP/s measured in training on the GPU.
+        samples: images in an epoch; needed for the hours of a run whose length is in epochs.
+        price: of an hour of the GPU, in any currency; needed for `cost`.
 
     Returns:
         `forward_flops_per_image`; `flops_per_step`, including recomputation by the configured checkpointing (or the one
         that `auto` chooses); the assumed `memory_bytes` and `flops_per_s`; `policies`, a row for each checkpointing
         policy and micro-batch: `checkpointing`, `micro_batch`, `flops_per_step`, `saved_bytes`, `peak_bytes`, `fits`,
-        `images_per_s`; `auto`, the `checkpointing` and `micro_batch` that the trainer would choose. Unknown values are
-        None.
+        `images_per_s`; `auto`, the `checkpointing` and `micro_batch` that the trainer would choose; `gpu_hours` and
+        `cost` of the whole run with this checkpointing, without previews, validation and saves; `missing`, a line for
+        each thing that must be given to know more. Unknown values are None.
 
     Raises:
         ConfigError: the network cannot be built with this configuration, or the GPU is not known.
     """
-    section, rate, footprints = config.train, _rate(config, gpu, flops), trace(config)
+    section, rate, footprints, missing = config.train, _rate(config, gpu, flops), trace(config), []
     batch, rows = section.global_batch, []
     for policy, footprint in footprints.items():
         for size in micro_batch.sizes_to_try(batch, torch.device("cuda")):
@@ -104,6 +113,17 @@ def on_a_gpu(
             })  # fmt: skip
     auto = _auto(config, rows) if memory_bytes else None
     policy = section.checkpointing if section.checkpointing != "auto" else auto["checkpointing"] if auto else "none"
+    if gpu and not rate:
+        missing.append(
+            f"the rate of --gpu {gpu} is known in bf16 only, and train.precision is {section.precision}: give --flops "
+            "as measured in training"
+        )
+    steps = section.steps if str(section.steps).isdecimal() else None
+    if samples:
+        steps = config.in_steps(samples).train.steps
+    if rate and steps is None:
+        missing.append(f"train.steps is {section.steps}: give --samples, the images of an epoch, to see the hours")
+    hours = footprints[policy].flops * batch * steps / rate / 3600 if rate and steps else None
     return {
         "forward_flops_per_image": footprints[policy].forward_flops,
         "flops_per_step": footprints[policy].flops * batch,
@@ -111,6 +131,9 @@ def on_a_gpu(
         "flops_per_s": rate,
         "policies": rows,
         "auto": auto,
+        "gpu_hours": hours,
+        "cost": hours and price and hours * price,
+        "missing": missing,
     }
 
 
@@ -130,8 +153,12 @@ def as_text(figures: dict[str, Any]) -> str:
         "FLOPs an image": f"{figures['forward_flops_per_image'] / 1e9:,.1f} G forward",
         "FLOPs a step": f"{figures['flops_per_step'] / 1e12:,.2f} T, forward and backward",
     }
+    if (hours := figures["gpu_hours"]) is not None:
+        cost = f", cost {figures['cost']:,.2f}" if figures["cost"] else "; give --price of an hour to see the cost"
+        rows["the whole run"] = f"{hours:,.1f} GPU-hours of training{cost}"
     lines = [f"{name:<24} {text}" for name, text in rows.items()]
-    return "\n".join([*lines, "", *_memory_table(figures), _advice(figures)])
+    missing = [f"missing: {line}" for line in figures["missing"]]
+    return "\n".join([*lines, "", *_memory_table(figures), *missing, _advice(figures)])
 
 
 def _memory_table(figures: dict[str, Any]) -> list[str]:
@@ -177,7 +204,7 @@ def _rate(config: Config, gpu: str | None, flops: float | None) -> float | None:
     if gpu.lower() not in GPUS:
         raise ConfigError(f"--gpu {gpu}: not known; take one of {', '.join(GPUS)}, or --flops as measured")
     if config.train.precision != "bf16":
-        raise ConfigError(f"--gpu {gpu}: known in bf16, and train.precision is {config.train.precision}: give --flops")
+        return None
     return GPUS[gpu.lower()] * UTILISATION
 
 

@@ -64,7 +64,7 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
         NoCheckpoint: the run holds no valid checkpoint.
         Stopped: on request, before the next pass through the network; finished shards stay.
     """
-    with Interrupt() as interrupt:
+    with Interrupt("" if quiet else "finished shards stay") as interrupt:
         request.check_outputs()
         request.check_start()
         generator = generators.load(
@@ -152,8 +152,7 @@ class _Drawing:
                 channels=data.channels,
                 classes=generator.class_names,
             )
-            progress.info(f"{count} images drawn, {images} asked for: {target.url}" + ("" if complete else
-                         f" ({committed.count} are there, other processes are still at work)"))  # fmt: skip
+            progress.info(f"{target.url}: {_drawn(count, committed.count, images)}")
         return {"drawn": count, "complete": complete}
 
     def draw_sheets(self) -> None:
@@ -220,6 +219,15 @@ class _Drawing:
     def _first(self) -> list[int]:
         """The seeds that a grid or a video shows."""
         return [seed for part in self.request.seeds for seed in part[:SHOWN]][:SHOWN]
+
+
+def _drawn(count: int, there: int, images: int) -> str:
+    """What this process drew, and what is there now."""
+    if there < images:
+        return f"{count} images drawn here, {there} of {images} are there: other processes are still at work"
+    if not count:
+        return f"all {images} images were already there"
+    return f"{count} images drawn" + f" here, all {images} are there" * (count < images)
 
 
 def _watch(

@@ -20,7 +20,7 @@ from pipeline.data.shards.image_task import ImageTask, Outcome
 from pipeline.data.shards.join import refuse_too_many_bad
 from pipeline.data.shards.settings import ShardSettings
 from pipeline.data.shards.shard_set import ShardSet
-from pipeline.data.shards.summary import Summary
+from pipeline.data.shards.summary import Summary, train_command
 from pipeline.data.sources.inputs import Source
 from pipeline.data.sources.keys import parse_extensions
 from pipeline.data.sources.listing import Reader, list_inputs
@@ -77,7 +77,7 @@ def shard(
     number, parts = _parse_part(part, overwrite, settings.dedupe)
     build.refuse_nesting(sources, out)
     network = _load_network(features, settings.size) if features else None
-    with Interrupt() as interrupt:
+    with Interrupt("" if quiet else "finished shards stay") as interrupt:
         builder = _open_set(sources, out, settings, parse_extensions(image_ext), overwrite, interrupt)
         tasks = builder.part(number, parts)
         missing = builder.missing(tasks)
@@ -101,6 +101,7 @@ def shard(
                     "data, or misspelt"
                 )
     inputs = sum(map(len, missing))
+    command = train_command(out, settings.size, settings.channels, len(counts["classes"] or ()))
     return Summary(
         out=out,
         **counts,
@@ -110,6 +111,7 @@ def shard(
         seconds=round(seconds, 3),
         images_per_s=round(inputs / seconds, 1),
         labels_from=builder.listing.labels_from,
+        next=command if done == shards else "",
     )
 
 

@@ -31,7 +31,7 @@ from pipeline.errors import DataError, Diverged, NoCheckpoint, RunHeld, Stopped
 from pipeline.monitoring.machine import cpu_has_bf16
 from pipeline.monitoring.meter import Meter
 from pipeline.processes.forkserver import start_worker_server
-from pipeline.sampling.pretrained import load_weights
+from pipeline.sampling.pretrained import load_for_training
 from pipeline.storage import files
 from pipeline.training import resume
 from pipeline.training.datasets import fit_classes, open_sets
@@ -62,7 +62,7 @@ def train(config: Config, *, overrides: Collection[str] = (), quiet: bool = Fals
         RunHeld: another job holds the run.
     """
     with ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
+        interrupt = stack.enter_context(Interrupt("" if quiet else "this step is saved first"))
         interrupt.set_time_limit(config.run.time_limit or inf)
         if config.data.workers:
             start_worker_server()  # it imports torch while this process joins the others and builds the network
@@ -87,16 +87,16 @@ def train(config: Config, *, overrides: Collection[str] = (), quiet: bool = Fals
         stack.enter_context(failure.record_errors(config.run.dir, heartbeat, world.is_lost_contact))
 
         # Network, optimizer and state, restored; then the data from there on.
-        trainer = _make_trainer(config, ranks, point)
+        trainer, origin = _make_trainer(config, ranks, point)
         shards, *held_out = (fit_classes(data, point.classes) for data in sets)
         validation = next((read_all(data, config.run.val_samples, (ranks.rank, ranks.size)) for data in held_out), None)
         batches = stack.enter_context(_open_batches(trainer, shards))
 
         log = stack.enter_context(RunLog(config, ranks, trainer.state, schedule, lease, point.checkpoint, quiet=quiet))
-        _log_start(log, trainer, shards, point)
+        _log_start(log, trainer, shards, origin)
         interrupt.control_file = RunDir(config.run.dir).stop if ranks.is_main else None
         meter = Meter(config.diffusion.timesteps, ranks.device, trainer.flops)
-        phase = Phases(trainer.state, heartbeat, meter)
+        phase = Phases(trainer.state, heartbeat, meter, log.paused)
         try:
             evaluator = _evaluator(config, ranks, [*held_out, shards][0], phase, interrupt)
             _loop(trainer, batches, shards, validation, evaluator, log, meter, phase, interrupt, lease)
@@ -187,16 +187,20 @@ def _validate(
     trainer: Trainer, validation: Batch | None, evaluator: Evaluator | None, log: RunLog, phase: Phases
 ) -> None:
     """Validation loss, previews and evaluation, when they are due."""
+    run, step = trainer.config.run, trainer.state.step
     if validation and log.due("val"):
         with phase("validation"):
+            log.info(f"step {step}: computing the validation loss")
             log.scalars({"val/loss": trainer.validation_loss(validation)})
     if log.due("preview"):
         with phase("preview"):
+            log.info(f"step {step}: drawing {run.preview_samples} preview images")
             log.preview(trainer.preview())
     if evaluator and log.due("evaluate"):
+        log.info(f"step {step}: drawing {run.evaluate_samples:,} images to evaluate")
         figures = evaluator.evaluate(trainer.generator())
         if figures is None:
-            log.info(f"step {trainer.state.step} is not evaluated: a stop was requested")
+            log.info(f"step {step} is not evaluated: a stop was requested")
         elif figures:
             log.evaluation(figures)
 
@@ -256,11 +260,15 @@ def _heartbeat(config: Config, ranks: World) -> Heartbeat:
     return heartbeat
 
 
-def _make_trainer(config: Config, ranks: World, point: ResumePoint) -> Trainer:
-    """The trainer with weights and state as at the resume point, ready for its first step."""
-    weights = None
-    if config.train.init_from and not point.checkpoint:
-        weights = load_weights(config.train.init_from, config, point.classes)
+def _make_trainer(config: Config, ranks: World, point: ResumePoint) -> tuple[Trainer, str]:
+    """The trainer with weights and state as at the resume point, ready for its first step; and where they come from."""
+    weights, origin = None, "starting at step 0"
+    if point.checkpoint:
+        origin = f"resuming at step {point.step} from {point.checkpoint.path}"
+    elif config.train.init_from:
+        model = load_for_training(config.train.init_from, config, point.classes)
+        weights, step = model.weights, model.state.get("step")
+        origin += f" with the weights of {config.train.init_from}" + f" (step {step})" * (step is not None)
     trainer = Trainer(config, ranks, weights)
     resume.restore(trainer, point)
     check_world(trainer.state.lanes, ranks.size)
@@ -269,7 +277,7 @@ def _make_trainer(config: Config, ranks: World, point: ResumePoint) -> Trainer:
     source = point.checkpoint.path if point.checkpoint else config.train.init_from
     if source and not trainer.is_sound():
         raise NoCheckpoint(f"{source}: its weights give no finite loss: remove it or take an earlier checkpoint")
-    return trainer
+    return trainer, origin
 
 
 def _evaluator(
@@ -292,17 +300,16 @@ def _open_batches(trainer: Trainer, shards: ShardSet) -> Batches:
     )  # fmt: skip
 
 
-def _log_start(log: RunLog, trainer: Trainer, shards: ShardSet, point: ResumePoint) -> None:
+def _log_start(log: RunLog, trainer: Trainer, shards: ShardSet, origin: str) -> None:
     """The first line of a run: where it starts or resumes, on what, and how the global batch is divided."""
     section, ranks, state = trainer.config.train, trainer.world, trainer.state
-    where = f"resuming at step {state.step} from {point.checkpoint.path}" if point.checkpoint else "starting at step 0"
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     accumulated = section.global_batch // ranks.size // state.micro_batch
     log.info(
-        f"{trainer.config.run.dir}: {where}; {ranks.size} process{'es' * (ranks.size > 1)} on {ranks.device.type}, "
-        f"{parameters:,} parameters, {shards.samples:,} images; global batch {section.global_batch} = "
-        f"{ranks.size} ranks x {accumulated} x {state.micro_batch}, {section.precision}, "
-        f"checkpointing {state.checkpointing}"
+        f"{trainer.config.run.dir}: {origin}; {ranks.size} process{'es' * (ranks.size > 1)} on {ranks.device.type}, "
+        f"{parameters:,} parameters, {shards.samples:,} images; batch {section.global_batch} = "
+        f"{ranks.size} process{'es' * (ranks.size > 1)} × {accumulated} accumulation × {state.micro_batch} images; "
+        f"{section.precision}, checkpointing {state.checkpointing}"
     )
     if ranks.is_main and ranks.device.type == "cpu" and section.precision == "bf16" and not cpu_has_bf16():
         log.warn(

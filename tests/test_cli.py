@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.main import get_command
 
 from pipeline.cli import app, main
 from pipeline.cluster.interrupt import SIGNALS, Interrupt
+from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
 from tests import disk
 from tests.launch import ENVIRONMENT, TINY, ddpm
 
@@ -102,7 +104,13 @@ def test_each_command_exists_and_exits_with_the_code_of_its_error() -> None:
     [
         ("shard", ("x", "--out", "y"), "--size"),
         ("shard", ("x", "--out", "y", "--size", "big"), "--size big"),
-        ("shard", ("x", "--out", "y", "--size", "8", "--sise", "9"), "--sise"),
+        ("shard", ("x", "--out", "y", "--size", "8", "--sise", "9"), "No such option: --sise. Did you mean --size? "),
+        ("sample", ("x", "--seed", "9"), "Did you mean --seeds?"),
+        ("train", ("--config", "x", "--lr", "1e-4"), "Settings are key=value, without dashes: train.lr=1e-4"),
+        ("train", ("--config", "x", "--train.lr=1e-4"), "without dashes: train.lr=1e-4"),
+        ("plan", ("--data.shards", "y", "--config", "x"), "without dashes: data.shards=y"),
+        ("train", ("--batch-size", "--config", "x"), "without dashes: train.global_batch=VALUE"),
+        ("train", ("cats.yaml",), "Did you mean --config cats.yaml?"),
         ("shard", ("x", "--out", "", "--size", "8"), "--out is empty"),
         ("shard", ("/nowhere", "--out", "y", "--size", "8"), "/nowhere"),
         ("shard", ("x", "--out", "y", "--size", "8", "--format", "bmp"), "bmp"),
@@ -112,7 +120,7 @@ def test_each_command_exists_and_exits_with_the_code_of_its_error() -> None:
         ("train", ("--config", "."), "not a YAML file"),
         ("sample", ("/dev/null", "--seeds", "1", "--grid", "g.png"), "/dev/null is a file"),
         ("sample", ("/nowhere", "--seeds", "1", "--grid", "g.png"), "/nowhere"),
-        ("trian", (), "trian"),
+        ("trian", (), "'trian'. Did you mean 'train'?"),
     ],
 )
 def test_usage_mistakes_end_with_2(
@@ -153,6 +161,37 @@ def test_bad_settings_end_with_2(refused: Refused, digits: Path, tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "place", "silent"),
+    [
+        (ConfigError("wrong"), "LOCAL_RANK", True),  # each process of a node reads the same configuration
+        (Stopped("asked"), "LOCAL_RANK", True),
+        (DataError("a file of this rank"), "LOCAL_RANK", False),
+        (ConfigError("wrong"), "RANK", False),  # the first process of another node
+    ],
+)
+def test_what_every_process_would_say_is_said_by_the_first_of_a_node(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: PipelineError,
+    place: str,
+    silent: bool,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.verify.verify", refuse)
+    monkeypatch.setattr("pipeline.cli._HEAD_START_S", 0.01)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv(place, "1")
+    with pytest.raises(SystemExit) as left:
+        main(["verify", "x"])
+    assert left.value.code == error.exit_code and bool(capfd.readouterr().err) != silent
+    failure = ProcessFailure(0, 1, error.exit_code, str(tmp_path / "error.json"))  # as the launcher reads the file
+    assert (str(error) in ChildFailedError("train", {0: failure}).format_msg()) != silent
+
+
 def test_a_run_with_other_settings_is_refused_with_the_difference(
     refused: Refused, digits: Path, tiny_run: Path
 ) -> None:
@@ -164,7 +203,7 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(
         "train.seed=5",
         "data.flip=false",
     )
-    refused(2, "train.seed: 0 -> 5", "data.flip: True -> False", "--override train.seed", "free to change are run.*",
+    refused(2, "train.seed: 0 -> 5", "data.flip: True -> False", "--override train.seed", "fixed once a run starts",
                    job="train", arguments=arguments)  # fmt: skip
     assert not (tiny_run / "checkpoints/step_00000009").exists()
 

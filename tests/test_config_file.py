@@ -240,11 +240,28 @@ def test_a_mistake_in_the_parent_is_reported_with_the_parents_name() -> None:
     assert complaints("base: p.yaml\n\ntrain: {lr: x}", p="train: {lr: 1}")[0].startswith("c.yaml:3: train.lr: ")
 
 
-@pytest.mark.parametrize("override", ["lr=3", "train.lr", "train=3", "=3", "train.=3"])
+@pytest.mark.parametrize("override", ["train.lr", "train=3", "=3", "train.=3"])
 def test_a_malformed_override_is_refused_with_an_example(override: str) -> None:
     assert complaints("", override) == [
         f"{override!r} is not a setting: write section.key=value, such as train.lr=1e-4"
     ]
+
+
+def test_all_mistakes_are_told_at_once_each_with_what_was_meant() -> None:
+    """A missing section, a key of another section, names of other programs; and one that means nothing."""
+    settings = ("lr=3", "train.num_clases=2", "train.learning_rate=1", "train.batch_size=8", "train.xyzzy=1", "x")
+    told = complaints("model: {num_class: 3}\nrun: {ouput_dir: x}", *settings, "data.size=[")
+    hints = [line.rpartition("did you mean ")[2] for line in told if "did you mean" in line]
+    assert sorted(hints) == sorted(
+        ["train.lr=3?", "model.num_classes?", "lr?", "global_batch?", "num_classes?", "dir?"]
+    )
+    assert len(told) == 9
+    assert any(line.startswith("command line: train.xyzzy: unknown key; known here: steps, ") for line in told)
+    with pytest.raises(ConfigError) as refusal:
+        config_file.check_keys(["train.lrr", "learning_rate", "data.shards", "q"])
+    assert [line.partition("; ")[2] for line in str(refusal.value).splitlines()] == [
+        "did you mean train.lr?", "did you mean train.lr?", "write section.key, such as train.lr",
+    ]  # fmt: skip
 
 
 def test_mistakes_on_the_command_line_say_so() -> None:

@@ -102,6 +102,10 @@ def test_emulated_bf16_is_a_finding() -> None:
     old = replace(GOOD, gpus=(H100, T4))
     assert doctor.recommend(old)["precision_emulated"] and not doctor.recommend(GOOD)["precision_emulated"]
     assert [finding.mend for finding in doctor.gpu_findings(old)] == ["train.precision=fp32"]
+    run = {"path": "runs/x", "lanes": 12, "save_s": None, "precision": "fp32"}
+    assert doctor.gpu_findings(old, run) == [] and doctor.recommend(old, run)["precision"] == "fp32"
+    on_cpu = doctor.recommend(GOOD, run | {"device": "cpu"})
+    assert (on_cpu["device"], on_cpu["processes"]) == ("cpu", 1)
 
 
 def test_a_batch_job_is_offered_where_there_is_slurm() -> None:
@@ -165,6 +169,8 @@ def test_a_finished_run(tiny_run: Path) -> None:
         "state": "done",
         "step": 6,
         "lanes": 12,
+        "device": "auto",
+        "precision": "fp32",
         "holder": None,
         "save_s": run["save_s"],
     }

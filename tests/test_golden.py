@@ -82,5 +82,6 @@ def test_a_run_and_a_diffusers_directory_are_sampled_as_before(files: Path) -> N
 def test_a_new_run_that_starts_from_an_old_one_takes_its_norm_groups_and_says_what_they_cost(files: Path) -> None:
     finish_shards()
     said = done("train", "--config", "config.yaml", "run.dir=new", "train.init_from=run", "train.steps=1")
+    assert "new: starting at step 0 with the weights of run (step " in said
     assert "norm_groups: 32" in (files / "new/config.yaml").read_text()
     assert "model.norm_groups=32 leaves one channel a group" in said

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline import cli, config_file
 from pipeline.config import Config
 from pipeline.data.loading.order import check_world
-from pipeline.errors import ConfigError
 from pipeline.plan import GPUS, SAMPLES, on_a_gpu, plan
 from pipeline.training.memory_estimate import POLICIES, Step, trace
 from tests.launch import TINY, ddpm
@@ -156,15 +155,27 @@ def test_speed_follows_from_the_rate_of_a_gpu() -> None:
     assert named["policies"][0]["images_per_s"] > 5 * other["policies"][0]["images_per_s"]
     measured = on_a_gpu(_config(bf16), gpu="h100", flops=4e12)
     assert measured["flops_per_s"] == 4e12
-    with pytest.raises(ConfigError, match=r"--gpu h100.*fp32.*--flops"):
-        on_a_gpu(_config("train.precision=fp32"), gpu="h100")
+    unknown = on_a_gpu(_config("train.precision=fp32"), gpu="h100", price=2.0)  # the memory is known all the same
+    assert unknown["policies"][0]["peak_bytes"] and unknown["flops_per_s"] is unknown["gpu_hours"] is unknown["cost"]
+    (line,) = unknown["missing"]
+    assert "--gpu h100" in line and "fp32" in line and "--flops" in line
+
+
+def test_the_hours_of_a_run_are_its_images_by_the_rate_and_the_cost_is_by_the_hour() -> None:
+    steps = ("train.steps=50ep", "train.checkpointing=blocks")
+    assert "--samples" in on_a_gpu(_config(*steps), flops=1e12)["missing"][0]
+    figures = on_a_gpu(_config(*steps), flops=1e12, samples=1797, price=2.5)
+    (rate, *_) = [row["images_per_s"] for row in figures["policies"] if row["checkpointing"] == "blocks"]
+    assert figures["gpu_hours"] == pytest.approx(7488 * 12 / rate / 3600)  # 50 epochs are 7488 steps
+    assert figures["cost"] == pytest.approx(2.5 * figures["gpu_hours"]) and not figures["missing"]
 
 
 def test_the_command_gives_tables_or_json(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = (*TINY, "train.lr=1e-3", "--samples", 1797, "--memory", "770MiB", "--flops", "1e12")
+    flags = (*TINY, "train.lr=1e-3", "--samples", 1797, "--memory", "770MiB", "--flops", "1e12", "--price", 2)
     config = _config("train.lr=1e-3")
-    figures = plan(config, 1797) | on_a_gpu(config, memory_bytes=770 << 20, flops=1e12)
+    figures = plan(config, 1797) | on_a_gpu(config, memory_bytes=770 << 20, flops=1e12, price=2)
     text = ddpm("plan", *flags).stdout
+    assert " GPU-hours of training, cost " in text
     assert f"{figures['parameters']:,}" in text and ", ".join(map(str, figures["world_sizes"])) in text
     fitting, chosen = [row for row in figures["policies"] if row["fits"]], figures["auto"]
     assert 0 < len(fitting) < len(figures["policies"]) and text.count(")*") == len(fitting)

@@ -94,6 +94,25 @@ def test_the_names_of_the_classes_are_in_the_index(draw: Callable[..., dict[str,
     assert ShardSet.open(str(tmp_path / "unconditional")).classes is None
 
 
+def test_a_class_is_given_by_name_or_number_and_what_is_there_is_not_drawn_again(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, asked = tmp_path / "dogs", {"seeds": "0-3", "source": generator(CLASSES), "grid": tmp_path / "g.png"}
+    assert draw(**asked, out=out, label="dog")["drawn"] == 4
+    assert f"{out}: 4 images drawn\n" in capfd.readouterr().err
+    drawn = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert '"label": 1' in (out / "shard_000000.json").read_text()  # as a number was always recorded
+    assert draw(**asked, out=out, label="1")["drawn"] == 0
+    told = capfd.readouterr().err
+    assert f"{out}: all 4 images were already there\n" in told and "images/s" not in told
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == drawn
+    draw(**(asked | {"seeds": "2-5"}), out=out, label="dog")
+    assert f"{out}: 2 images drawn here, all 4 are there\n" in capfd.readouterr().err
+    for label in ("mouse", "2"):
+        with pytest.raises(ConfigError, match=rf"--label {label}: this model knows the classes 0 \(cat\), 1 \(dog\)"):
+            draw(**asked, out=out, label=label)
+
+
 def test_configured_guidance_is_ignored_for_models_without_it(
     draw: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -131,9 +150,9 @@ def test_a_stop_request_takes_effect_before_the_next_network_pass(
     ]
 
 
-def _noting(entered: list[Any], init: Callable[[Any], None]) -> Callable[[Any], None]:
-    def noting(self: Any) -> None:
-        init(self)
+def _noting(entered: list[Any], init: Callable[..., None]) -> Callable[..., None]:
+    def noting(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
         entered.append(self)
 
     return noting

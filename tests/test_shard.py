@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -312,14 +313,14 @@ CLASS_LINES = {
     "directories": (
         ["cat/1.png", "dog/2.png", "3.png"],
         {},
-        "2 classes: cat 1, dog 1; without a class: 1; from directories",
+        "2 classes: 0 cat (1), 1 dog (1); without a class: 1; from directories",
     ),
     "none wanted": (["cat/1.png"], {"labels": "none"}, "no classes: --labels none"),
     "flat": (["1.png"], {}, "no classes: the images lie in no directory, and nothing else says their classes"),
     "many": (
         [f"c{i:02d}/1.png" for i in range(30)],
         {},
-        f"30 classes: {', '.join(f'c{i:02d} 1' for i in range(10))} and 20 more; from directories",
+        f"30 classes: {', '.join(f'{i} c{i:02d} (1)' for i in range(10))} and 20 more; from directories",
     ),
 }
 
@@ -329,7 +330,11 @@ def test_the_last_line_says_the_classes_or_why_there_are_none(tmp_path: Path, ki
     names, options, line = CLASS_LINES[kind]
     write_images(tmp_path / "in", names)
     summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), size=8, workers=1, quiet=True, **options)
-    assert summary.as_text().splitlines()[-1] == line
+    *_, classes, command = summary.as_text().splitlines()
+    assert classes == line
+    count = len(summary.classes or {})
+    assert command.startswith("next: ddpm train --config configs/cifar10.yaml ")
+    assert command.endswith(f" data.size=8 data.channels=3 model.num_classes={count} run.dir=runs/set")
 
 
 def test_files_of_labels_end_as_lines_that_do_not_count_as_bad(tmp_path: Path) -> None:
@@ -337,7 +342,7 @@ def test_files_of_labels_end_as_lines_that_do_not_count_as_bad(tmp_path: Path) -
     (tmp_path / "in" / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,dog\n9.png,dog\n")
     summary = shard([str(tmp_path / "in")], str(tmp_path / "set"), size=8, workers=1, quiet=True)
     assert summary.rejected == {"label_file": 1} and summary.classes == {"cat": 1, "dog": 1}
-    assert summary.as_text().endswith("from metadata.csv")
+    assert summary.as_text().splitlines()[-2].endswith("from metadata.csv")
 
 
 def test_a_set_begun_with_another_order_of_its_classes_continues_and_other_classes_are_refused(tmp_path: Path) -> None:
@@ -428,7 +433,7 @@ def test_labels_from_a_file_and_images_that_it_does_not_name(tmp_path: Path, cap
     }
     assert "1 rows of " in capfd.readouterr().err
     (tmp_path / "labels.csv").write_text("id,label\n0,frog\n1,dog\n3,frog\n7,dog\n")
-    with pytest.raises(ConfigError, match="source was 4 files"):
+    with pytest.raises(ConfigError, match=r"\(classes were cat, dog, frog, now dog, frog\): choose another --out"):
         shard([str(tmp_path / "in")], str(tmp_path / "set"), **options)
 
 
@@ -440,7 +445,8 @@ def test_the_table_ends_with_sizes_and_classes(tmp_path: Path) -> None:
     lines = [line.split() for line in summary.as_text().splitlines()]
     assert ["short", "side", "8", "to", "15", "px", "3", "#" * 40] in lines
     assert ["short", "side", "64", "to", "127", "px", "1", "#" * 14] in lines
-    assert ["class", "b", "1", "#" * 14] in lines
+    assert ["class", "1", "b", "1", "#" * 14] in lines and ["made", "smaller", "1"] in lines
+    assert (Path(__file__).parents[1] / shlex.split(summary.next)[3]).exists()
 
 
 def test_a_preview_shows_images_of_all_classes(digits: tuple[Path, Summary], tmp_path: Path) -> None:

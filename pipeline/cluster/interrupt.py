@@ -15,7 +15,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from math import isnan
 from types import FrameType
 
+from pipeline import messages
 from pipeline.checkpoints.run_dir import RunDir
+from pipeline.cluster import launch_environment
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.processes.periodic import Periodic
 from pipeline.storage import files
@@ -47,11 +49,15 @@ class Interrupt:
 
     The second Ctrl-C does not wait for the step: it raises KeyboardInterrupt. SIGHUP stays ignored under nohup.
 
+    Args:
+        first: what the job does before it ends, such as "this step is saved first": rank 0 says so at the request.
+
     Raises:
         ConfigError: `DDPM_DEADLINE` is not a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: str = "") -> None:
+        self._first = first
         self.requested: str | None = None
         """One of REASONS, or None."""
         self.lead_s = 30.0
@@ -89,21 +95,27 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested == "SIGINT":
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
+        self._request(signal.Signals(number).name)
+
+    def _request(self, reason: str) -> None:
+        is_news, self.requested = self.requested is None, reason
+        if is_news and self._first and not launch_environment.count("RANK", 0):
+            again = "; Ctrl-C again does not wait" if reason == "SIGINT" else ""
+            messages.info(f"stopping ({reason}): {self._first}{again}")
 
     def _poll(self) -> None:
         if self.requested:
             return
         if self._stop_file and os.path.exists(self._stop_file):
-            self.requested = STOP_FILE
+            self._request(STOP_FILE)
         elif time.time() > self._deadline - self.lead_s:
-            self.requested = DEADLINE
+            self._request(DEADLINE)
         elif self._launcher is not None and os.getppid() != self._launcher:
-            self.requested = NO_LAUNCHER
+            self._request(NO_LAUNCHER)
         elif self.control_file:
             with suppress(PipelineError, OSError):  # the file system may be away for a moment
                 if files.exists(self.control_file):
-                    self.requested = CONTROL_FILE
+                    self._request(CONTROL_FILE)
 
 
 def stop_reason(run_dir: str) -> str | None:

@@ -6,9 +6,12 @@ only a part. So an empty variable counts as unset, and the variables of a job of
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
@@ -121,6 +124,18 @@ def clear_settings() -> None:
     """Remove the variables by which accelerate would do anything else than its arguments say."""
     settings = [name for name in os.environ if name.startswith(("ACCELERATE_", *_MPI))]
     _unset(*(name for name in settings if name not in _KEEP or not is_on(name)))
+
+
+def tell_launcher(message: str) -> None:
+    """Write an error where the launcher looks for it: it ends its own report with it.
+
+    torch's elastic launcher names a file for this in `TORCHELASTIC_ERROR_FILE`; `accelerate launch` prints a traceback
+    of its own after any exit code but 0, and nothing that a process does prevents that.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError), open(file, "w", encoding="utf-8") as output:
+            json.dump({"message": {"message": message, "extraInfo": details}}, output)
 
 
 def count(name: str, default: int) -> int:

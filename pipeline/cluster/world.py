@@ -118,6 +118,7 @@ class World:
                 result = DataError(f"{error}: check this file or directory, then run the same command again")
         result = self.broadcast_object(result)
         if isinstance(result, PipelineError):
+            result.is_told_elsewhere = not self.is_main
             raise result
         return cast(T, result)
 

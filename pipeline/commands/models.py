@@ -54,7 +54,13 @@ def sample(
     variance: Annotated[FixedVariance | None, _sampling("variance")] = None,
     batch: Annotated[int | None, _sampling("batch", min=1)] = None,
     compile: Annotated[bool | None, _sampling("compile", "--compile/--no-compile")] = None,
-    label: Annotated[int | None, _sampling("label", min=0)] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS",
+            help="Class of all images: its name, or its number from 0. Default: all classes in turn, by seed.",
+        ),
+    ] = None,
     guidance: Annotated[float | None, _sampling("guidance", min=0)] = None,
     guidance_interval: Annotated[str | None, _sampling("guidance_interval", metavar="FIRST-LAST")] = None,
     dynamic_threshold: Annotated[float | None, _sampling("dynamic_threshold", min=0, max=1)] = None,

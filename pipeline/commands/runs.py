@@ -46,6 +46,10 @@ def plan(
     flops: Annotated[
         float | None, typer.Option(metavar="400e12", min=1, help="FLOP/s measured in training, instead of --gpu.")
     ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(metavar="2.50", min=0, help="Price of an hour of the GPU: shows the cost of the run."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a configuration needs before it runs: memory and time on a GPU, numbers of processes, sizes on disk."""
@@ -53,7 +57,9 @@ def plan(
     from pipeline import plan as job
 
     loaded = arguments.configuration(config, settings or ())
-    result = job.plan(loaded, samples) | job.on_a_gpu(loaded, memory_bytes=memory_bytes, gpu=gpu, flops=flops)
+    result = job.plan(loaded, samples) | job.on_a_gpu(
+        loaded, memory_bytes=memory_bytes, gpu=gpu, flops=flops, samples=samples, price=price
+    )
     messages.result(json.dumps(result) if as_json else job.as_text(result))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from tqdm import tqdm
 
@@ -79,6 +80,17 @@ class Progress(AbstractContextManager["Progress"]):
             else:
                 self._log()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time spent here from the rate and the time left: work that is not counted."""
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        self._started += seconds
+        if self._bar:
+            self._bar.start_t += seconds
+            self._bar.last_print_t += seconds
+
     def info(self, line: str) -> None:
         """Write a line above the bar; nothing with `--quiet`."""
         if not self._quiet:
@@ -87,9 +99,10 @@ class Progress(AbstractContextManager["Progress"]):
     def _log(self) -> None:
         self._last_shown = time.monotonic()
         rate = (self._done - self._first) / max(self._last_shown - self._started, 1e-9)
+        speed = f", {rate:.3g} {self._unit}/s" if rate else ""
         left = f", {_duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
         tail = f", {self._postfix}" if self._postfix else ""
-        messages.info(f"{self._job}: {self._done}/{self._total} {self._unit}, {rate:.3g} {self._unit}/s{left}{tail}")
+        messages.info(f"{self._job}: {self._done}/{self._total} {self._unit}{speed}{left}{tail}")
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from pipeline import messages
 from pipeline.config import Config, SamplingOptions
 from pipeline.data.images import video
 from pipeline.data.shards.sample_set import Format
+from pipeline.data.sources.labels import class_names
 from pipeline.diffusion.spacing import SAMPLER_KEYS, best_sampler
 from pipeline.errors import ConfigError
 from pipeline.model.posthoc_ema import check_length
@@ -124,7 +125,7 @@ def choose(
     Raises:
         ConfigError: an option has no effect, or the model cannot do what is asked.
     """
-    given, model = request.options, generator.config.model
+    given, model = with_label_number(request.options, generator), generator.config.model
     options = merge(generator.config, given, begun, quiet=quiet)
     if "guidance" not in given and not generator.guide_sha256 and not (model.num_classes and model.label_dropout):
         options = options.model_copy(update={"guidance": 1.0})
@@ -146,6 +147,24 @@ def choose(
     if shard_samples % options.batch:
         raise ConfigError(f"--shard-samples {shard_samples} is no multiple of --batch {options.batch}: change either")
     return generator.resolved(options), shard_samples
+
+
+def with_label_number(given: dict[str, Any], generator: Generator) -> dict[str, Any]:
+    """The given options with the number of the class that `label` names; a text of digits is a number.
+
+    Raises:
+        ConfigError: the model is unconditional or has no such class; the message lists its classes.
+    """
+    if (label := given.get("label")) is None:
+        return given
+    count, text = generator.config.model.num_classes, str(label)
+    if not count:
+        raise ConfigError("--label needs a class-conditional model, this one is unconditional: leave it out")
+    names = generator.class_names or class_names.numbers(count)
+    number = int(text) if text.isascii() and text.isdecimal() else class_names.find(names, [text])[0]
+    if number is None or number >= count:
+        raise ConfigError(f"--label {text}: this model knows the classes {class_names.numbered(names, text)}")
+    return given | {"label": number}
 
 
 def merge(config: Config, given: dict[str, Any], begun: dict[str, Any], *, quiet: bool) -> SamplingOptions:
@@ -226,12 +245,9 @@ def _check_size(config: Config, options: SamplingOptions) -> None:
 def _check_guidance(generator: Generator, options: SamplingOptions) -> None:
     """Refuse a label or guidance that this model cannot have."""
     model = generator.config.model
-    if options.label is not None and options.label >= model.num_classes:
-        raise ConfigError(
-            f"--label {options.label}: this model knows the classes 0 to {model.num_classes - 1}"
-            if model.num_classes
-            else "--label needs a class-conditional model, this one is unconditional: leave it out"
-        )
+    if options.label is not None and options.label >= model.num_classes:  # of the run's configuration, or a begun set
+        known = f"the classes 0 to {model.num_classes - 1}" if model.num_classes else "no classes"
+        raise ConfigError(f"sample.label is {options.label}, and this model knows {known}: give --label of these")
     if options.guidance == 1.0 or generator.guide_sha256:
         return
     if not model.num_classes:

@@ -169,8 +169,8 @@ def with_classes(model: Pretrained, names: Sequence[str], what: str) -> Pretrain
     )
 
 
-def load_weights(source: str, config: Config, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """EMA weights of a run, a checkpoint or a diffusers directory, for the network that `config` describes.
+def load_for_training(source: str, config: Config, names: Sequence[str] | None = None) -> Pretrained:
+    """A run, a checkpoint or a diffusers directory with its EMA weights, for the network that `config` describes.
 
     Args:
         source: the model.
@@ -188,7 +188,7 @@ def load_weights(source: str, config: Config, names: Sequence[str] | None = None
             f"train.init_from {source} is another network ({listed_differences(different)}): set these keys alike"
         )
     check_weights(model, source)
-    return model.weights
+    return model
 
 
 def norm_groups(source: str) -> int:

@@ -41,7 +41,7 @@ def check_same_run(old: Config, new: Config, steps_done: int, overrides: Collect
         Warnings, a line each.
 
     Raises:
-        ConfigError: with the difference, and which keys may change.
+        ConfigError: with the difference, and what to do instead.
     """
     if new.train.steps < steps_done and "train.steps" not in overrides:
         raise ConfigError(
@@ -58,12 +58,13 @@ def check_same_run(old: Config, new: Config, steps_done: int, overrides: Collect
         changed = {key: values for key, values in changed.items() if key not in _RATE_KEYS}
     if changed:
         diff = "; ".join(f"{key}: {before} -> {after}" for key, (before, after) in changed.items())
-        free = ", ".join(f"{key}*" if key.endswith(".") else key for key in MAY_CHANGE)
+        instead = f"resume with --config {_own(new)}"
+        if changed.keys() <= _RATE_KEYS:  # later rates are free
+            instead = "give the rates of the steps to come as train.lr_stages"
         raise ConfigError(
-            f"{new.run.dir} was started with other settings ({diff}): resume it as it was started with --config "
-            f"{_own(new)}, take another run.dir, or add "
-            f"{' '.join(f'--override {key}' for key in changed)}; free to change are {free}, and the learning rates of "
-            "steps to come"
+            f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} fixed once a run starts ({diff} in "
+            f"{new.run.dir}): {instead}, take another run.dir, or add "
+            f"{' '.join(f'--override {key}' for key in changed)}"
         )
     if not past_is_same and not _RATE_KEYS & set(overrides):
         return [f"with train.steps={new.train.steps} the finished steps would have had other learning rates"]

@@ -70,17 +70,19 @@ def check_fit(shards: ShardSet, section: DataSection) -> None:
     Raises:
         ConfigError: with the key to change.
     """
-    size = section.height_width
+    size, problems = section.height_width, []
     if size != shards.size:
         found = "x".join(map(str, shards.size))
-        raise ConfigError(
+        problems.append(
             f"data.size is {size[0]}x{size[1]}, but {shards.url} holds {found}: set data.size to that, or shard again"
         )
     if section.channels != shards.channels:
-        raise ConfigError(
+        problems.append(
             f"data.channels is {section.channels}, but {shards.url} has {shards.channels}: "
             "set it to that, or shard again"
         )
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def agree_on_classes(
@@ -106,6 +108,12 @@ def agree_on_classes(
         ConfigError: a new run whose data has another number of classes, or as `fit_classes`.
     """
     names = _classes_of_run(sets[0], num_classes, stored, warn) if num_classes else None
+    if not num_classes and sets[0].classes and stored is None:
+        count = len(sets[0].classes)
+        info(
+            f"{sets[0].url} has {count} class{'es' * (count > 1)}, which this run does not learn, as model.num_classes "
+            f"is 0 (unconditional): model.num_classes={count} learns them"
+        )
     for shards in sets:
         fit_classes(shards, names, info, warn)
     return names
@@ -160,8 +168,9 @@ def _classes_of_run(shards: ShardSet, num_classes: int, stored: Any, warn: Write
     of_set, of_run = shards.classes or (), class_names.parse(stored, num_classes)
     if of_run is None and len(of_set) != num_classes:
         raise ConfigError(
-            f"model.num_classes is {num_classes}, but {shards.url} has {len(of_set)} classes: set it to "
-            "that, or to 0 for an unconditional model"
+            f"model.num_classes is {num_classes}, but {shards.url} has {len(of_set) or 'no'} classes: set it to "
+            + ("that, or to " * bool(of_set) + "0 for an unconditional model")
+            + ", or make the set with --labels" * (not of_set)
         )
     if of_run and (class_names.are_numbers(of_set) or not class_names.match_by_number(of_set, of_run)):
         return of_run

@@ -81,9 +81,10 @@ class Evaluator:
         samples = torch.cat(parts)[: self._config.run.evaluate_samples].cpu().numpy()
         if not self._world.is_main:
             return {}
-        reference = self._reference.read()["features"]
-        distance, infinity = frechet_figures(samples, reference)
-        kernel = kernel_distance(samples, reference)
+        with self._phase():
+            reference = self._reference.read()["features"]
+            distance, infinity = frechet_figures(samples, reference)
+            kernel = kernel_distance(samples, reference)
         return {"frechet_distance": distance, "frechet_distance_infinity": infinity, "kernel_distance": kernel}
 
     def _gathered(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -78,6 +78,10 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Exclude the time spent in this context from the progress's rate and time left."""
+        return self._progress.paused()
 
     def info(self, line: str) -> None:
         """A line for people, from rank 0."""

@@ -57,6 +57,22 @@ def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
         assert interrupt.requested == number.name
 
 
+def test_the_first_request_is_answered_at_once_and_by_one_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, again in ((signal.SIGTERM, ""), (signal.SIGINT, "; Ctrl-C again does not wait")):
+        with Interrupt("this step is saved first"):
+            send(number)
+            answer = capsys.readouterr().err
+            send(signal.SIGTERM)
+            assert capsys.readouterr().err == ""
+        assert answer == f"stopping ({number.name}): this step is saved first{again}\n"
+    monkeypatch.setenv("RANK", "1")
+    with Interrupt("this step is saved first"):
+        send(signal.SIGTERM)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_launcher_may_repeat_its_signal() -> None:
     """SLURM sends SIGTERM to every process of a step, and the launcher passes it on: twice is once."""
     with Interrupt() as interrupt:

@@ -113,13 +113,14 @@ for question in (refuse, broken):
     try:
         w.on_rank0(question)
     except Exception as error:
-        tell([type(error).__name__, str(error), error.exit_code])
+        tell([type(error).__name__, str(error), error.exit_code, error.is_told_elsewhere])
 tell(w.on_rank0(lambda: "and they continue"))
 w.shutdown()
 """
     line = "[Errno 5] Input/output error: '/mnt/x': check this file or directory, then run the same command again"
-    expected = [["NoCheckpoint", "none is valid", 4], ["DataError", line, 3], "and they continue"]
-    assert together(code) == [(0, expected)] * RANKS
+    for rank, result in enumerate(together(code)):
+        errors = [["NoCheckpoint", "none is valid", 4, rank > 0], ["DataError", line, 3, rank > 0]]
+        assert result == (0, [*errors, "and they continue"])
 
 
 LOSING = """

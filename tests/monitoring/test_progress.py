@@ -38,6 +38,22 @@ def test_a_resumed_job_shows_the_whole_count_and_the_rate_of_this_start(capsys: 
     assert 1 < float(line.split(", ")[1].split()[0]) <= 100
 
 
+def test_work_that_is_not_counted_does_not_slow_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(10, "training", unit="steps") as progress:
+        time.sleep(0.05)
+        with progress.paused():
+            time.sleep(0.5)
+        progress.advance(10)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert float(line.split(", ")[1].split()[0]) > 20  # of at most 200; 18 if the work counted
+
+
+def test_what_was_there_before_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(4, "sampling", unit="images", done=4) as progress:
+        progress.advance(0)
+    assert capsys.readouterr().err == "sampling: 4/4 images\n"
+
+
 def test_a_postfix_stays_after_the_count_until_it_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(3, "training", unit="steps", every_s=0.0) as progress:
         progress.set_postfix("loss 0.5")

@@ -235,7 +235,7 @@ def test_an_empty_run_has_no_checkpoint(tmp_path: Path) -> None:
 def test_weights_of_another_network_are_refused_with_the_difference(tiny_run: Path) -> None:
     config = config_file.load(TINY[1], ("model.base_channels=16",), lambda name: Path(name).read_text())
     with pytest.raises(ConfigError, match=r"model\.base_channels: 8 there, 16 here"):
-        pretrained.load_weights(str(tiny_run), config)
+        pretrained.load_for_training(str(tiny_run), config)
 
 
 @pytest.mark.parametrize(
@@ -255,10 +255,10 @@ def test_weights_fit_images_of_another_size_if_the_same_levels_attend(
 ) -> None:
     config = config_file.load(TINY[1], settings, lambda name: Path(name).read_text())
     if message is None:
-        assert pretrained.load_weights(str(tiny_run), config)
+        assert pretrained.load_for_training(str(tiny_run), config).weights
         return
     with pytest.raises(ConfigError, match=message):
-        pretrained.load_weights(str(tiny_run), config)
+        pretrained.load_for_training(str(tiny_run), config)
 
 
 def test_a_run_starts_from_a_diffusers_directory(theirs: Path, digits: Path, tmp_path: Path) -> None:
@@ -271,5 +271,6 @@ def test_a_run_starts_from_a_diffusers_directory(theirs: Path, digits: Path, tmp
     )
     assert result.returncode == 0, result.stderr
     new = load_file(tmp_path / "run/checkpoints/step_00000001/model.safetensors")
-    old = pretrained.load_weights(str(theirs), config_file.load(TINY[1], settings, lambda name: Path(name).read_text()))
+    read = config_file.load(TINY[1], settings, lambda name: Path(name).read_text())
+    old = pretrained.load_for_training(str(theirs), read).weights
     assert all((new[name] - old[name]).abs().max() < 1e-9 for name in new)

@@ -102,6 +102,15 @@ def test_surprises_are_reported(tmp_path: Path, classes: list[str], told: str) -
     assert re.search(told, "\n".join(lines))
 
 
+def test_classes_that_a_run_does_not_learn_are_told_once_and_missing_ones_refused(tmp_path: Path) -> None:
+    shards, lines = a_set(tmp_path / "a", list(RUN), [0]), list[str]()
+    assert agree_on_classes([shards], 0, None, lines.append) is agree_on_classes([shards], 0, list(RUN), lines.append)
+    assert len(lines) == 1 and "3 classes, which this run does not learn" in lines[0]
+    assert lines[0].endswith("model.num_classes=3 learns them")
+    with pytest.raises(ConfigError, match="no classes: set it to 0 for an unconditional model, or make the set with"):
+        agree_on_classes([a_set(tmp_path / "b", None, [None])], 3, None)
+
+
 def test_a_label_that_the_index_does_not_name_is_damage(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has the label 3, but the index names 3 classes"):
         read_all(fit_classes(a_set(tmp_path, list(RUN), [0, 3]), RUN))

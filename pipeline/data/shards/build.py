@@ -203,13 +203,15 @@ class ShardSetBuilder:
     def _compare(self, previous: dict[str, Any]) -> None:
         then, now, was, source = previous["settings"], self.settings.as_json(), previous["source"], self._source
         differing = [f"{name} was {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
-        if was["fingerprint"] != source["fingerprint"]:
-            if (before := _shortened(previous.get("classes"))) != (wanted := _shortened(self.listing.classes)):
-                differing.append(f"classes were {before}, now {wanted}")
-            differing.append(
-                f"source was {was['inputs']} files of {was['bytes']} bytes, now {source['inputs']} of {source['bytes']}"
-                + ", with other names or times or labels" * (was["bytes"] == source["bytes"])
-            )
+        classes = [_shortened(previous.get("classes")), _shortened(self.listing.classes)]
+        if was["fingerprint"] != source["fingerprint"] and then.get("labels") == now["labels"] and len({*classes}) > 1:
+            differing.append("classes were {}, now {}".format(*classes))
+        if was["inputs"] != source["inputs"]:
+            differing.append(f"the source had {was['inputs']:,} files, now {source['inputs']:,}")
+        elif was["bytes"] != source["bytes"]:
+            differing.append("files of the source were changed")
+        elif was["fingerprint"] != source["fingerprint"] and not differing:
+            differing.append("files of the source have other names, times or labels")
         if differing:
             raise ConfigError(
                 f"{self._out} is another set ({'; '.join(differing)}): choose another --out, or give --overwrite"

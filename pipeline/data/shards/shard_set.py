@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import messages, untrusted
+from pipeline.data.shards import mistaken
 from pipeline.data.shards.record import head_fields, locations_message, shard_fields, tar_locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
@@ -330,16 +331,11 @@ class ShardSet:
         Raises:
             DataError: no such directory, no index, or a newer or damaged one.
         """
-        if not files.is_remote(url) and not files.is_dir(url):
-            raise DataError(f"{url}: no such directory: give the place that `ddpm shard --out` wrote")
         file = files.join(url, INDEX)
         try:
             index = files.read_json(file)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{url} has no {INDEX}: it is unfinished or not a shard set: run `ddpm shard` again with the same "
-                "arguments, or `ddpm index` on tars made elsewhere"
-            ) from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(mistaken.explain(url)) from error
         if isinstance(index, dict) and (version := index.get("version")) != VERSION:
             raise DataError(f"{file} has format {version}, this program reads {VERSION}: upgrade it")
         try:

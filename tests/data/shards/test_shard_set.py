@@ -214,6 +214,33 @@ def test_unusable_sets_are_refused_with_the_fix(tmp_path: Path, damage, message:
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_what_lies_there_instead_is_named_with_the_command_to_run(tmp_path: Path) -> None:
+    write_set(tmp_path / "set")
+    for path in (
+        "flat/1.png", "deep/cat/1.JPG", "tables/a.parquet", "run/config.yaml", "run/checkpoints/x", "photos.zip",
+        "tars/1.tar", "drawn/shard_000000.json", "drawn/shard_000000.tar", "files/shard_000000.json",
+        "files/000000001.png", "other/notes.txt",
+    ):  # fmt: skip
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    for name, told in {
+        "flat": "holds 1.png, not shards: run `ddpm shard {} --out SHARDSET --size PIXELS` first, and name SHARDSET",
+        "deep": "holds cat/1.JPG, not shards: run `ddpm shard {} --out SHARDSET",
+        "tables": "holds a.parquet, not shards: run `ddpm shard {} --out",
+        "photos.zip": "is a file, not a shard set: make one of it with `ddpm shard {} --out",
+        "run": "is a run, not a shard set: name a set, such as data.shards in {}/config.yaml",
+        "tars": "holds tars without an index: run `ddpm index {} --out SHARDSET`",
+        "drawn": "is a sample set that is not finished: run the same `ddpm sample` command again",
+        "files": "holds samples as single files, not in tars: draw them with --format tar, or",
+        "other": "has no index.json: it is unfinished or not a shard set",
+        "set/set-000000.tar": "is a file of a shard set: name its directory, " + str(tmp_path / "set"),
+        "set/index.json": "is a file of a shard set: name its directory, ",
+    }.items():
+        with pytest.raises(DataError) as refused:
+            ShardSet.open(str(tmp_path / name))
+        assert str(refused.value).startswith(f"{tmp_path / name} {told}".replace("{}", str(tmp_path / name)))
+
+
 def test_a_missing_directory_is_named() -> None:
     with pytest.raises(DataError, match="nowhere: no such directory: give the place that `ddpm shard --out` wrote"):
         ShardSet.open("nowhere")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from pipeline.untrusted import printable
@@ -74,6 +75,16 @@ def listed(names: Sequence[str], other: Sequence[str]) -> str:
         shown = sorted(shown, key=lambda name: normalized(name) in known)[:_LISTED]
     text = ", ".join(printable(name[:_NAME_LENGTH]) + "…" * (len(name) > _NAME_LENGTH) for name in shown)
     return text if len(shown) == len(names) else f"{text}, … of {len(names):,}"
+
+
+def numbered(names: Sequence[str], near: str = "") -> str:
+    """Numbers with names for a message, such as `0 (big), 1 (mid)`; of a long list the names most like `near` first."""
+    if are_numbers(names):
+        return f"0 to {len(names) - 1}"
+    order = sorted(range(len(names)), key=lambda i: -SequenceMatcher(None, near, names[i]).ratio())[:_LISTED]
+    shown = range(len(names)) if len(names) <= _LISTED else order
+    text = ", ".join(f"{i} ({listed([names[i]], ())})" for i in shown)
+    return text if len(names) <= _LISTED else f"{text}, … of {len(names):,}"
 
 
 def compared(there: Sequence[str], here: Sequence[str]) -> str:
