@@ -13,7 +13,7 @@ import typer
 from pipeline import messages
 from pipeline.cluster.interrupt import signals_to
 from pipeline.cluster.launch_environment import count
-from pipeline.commands import data, interchange, models, runs
+from pipeline.commands import data, help, interchange, models, runs, workspace
 from pipeline.errors import DataError, PipelineError, Stopped
 
 _INTERRUPTED = 130
@@ -22,15 +22,16 @@ app = typer.Typer(
     help="DDPM at cluster scale: images → shards → run → samples → figures.\n\n"
     "Exit codes: 0 done, 2 usage or configuration, 3 data refused, 4 no valid checkpoint, 75 stopped on request and "
     "resumable, 130 interrupted twice, 1 a bug.",
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 _COMMANDS: dict[str, Callable[..., None]] = {
     "shard": data.shard, "verify": data.verify, "index": data.index, "train": runs.train, "sample": models.sample,
     "evaluate": models.evaluate, "export": interchange.export, "import": interchange.import_model, "plan": runs.plan,
-    "doctor": runs.doctor,
+    "doctor": runs.doctor, "show": workspace.show, "runs": workspace.runs, "init": workspace.init,
+    "help": help.show_help,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, cls=help.Command)(_command)
 
 
 def main(words: list[str] | None = None) -> NoReturn:
