@@ -12,7 +12,7 @@ import typer
 
 from pipeline import messages
 from pipeline.cluster.interrupt import signals_to
-from pipeline.cluster.launch_environment import count
+from pipeline.cluster.launch_environment import count, report_exit_code
 from pipeline.commands import data, help, interchange, models, runs, workspace
 from pipeline.errors import DataError, PipelineError, Stopped
 
@@ -66,4 +66,5 @@ def _exit(message: str, code: int) -> NoReturn:
     rank = count("RANK", 0)
     for line in message.splitlines():
         messages.error(f"ddpm{f' (rank {rank})' if rank else ''}: {line}")
+    report_exit_code(code)
     sys.exit(code)

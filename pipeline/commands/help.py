@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 EXAMPLES = {
     "shard": (
         "ddpm shard photos --out shards/mine --size 64",
-        "ddpm shard photos.zip --out shards/grey --size 96x64 --channels 1 --labels none",
+        "ddpm shard photos.zip --out shards/grey --size 96x64 --channels 1",
     ),
     "verify": ("ddpm verify shards/mine", "ddpm verify runs/mine --json"),
     "index": (
@@ -22,7 +22,7 @@ EXAMPLES = {
         "ddpm index 'tars/a-{000..099}.tar' --out shards/mine --size 64 --labels none",
     ),
     "train": (
-        "ddpm train --config configs/64px.yaml data.shards=shards/mine run.dir=runs/mine",
+        "ddpm train --config mine.yaml data.shards=shards/mine run.dir=runs/mine",
         "ddpm train --config runs/mine/config.yaml train.steps=100000 --dry-run",
     ),
     "sample": (
