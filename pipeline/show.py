@@ -77,7 +77,7 @@ def as_text(shown: Shown) -> str:
 
 
 def _as_text(name: str, value: Any) -> str:
-    special = {
+    special: dict[str, Callable[[Any], str]] = {
         "bytes": bytes_text,
         "age_s": lambda seconds: f"{duration_text(seconds)} since the last line of the log",
         "size": lambda size: f"{size[0]}x{size[1]} px",

@@ -84,7 +84,8 @@ class Command(TyperCommand):
         return str(formatter.getvalue()).rstrip("\n")
 
     def _write(self, ctx: Any, formatter: Any, *, rare: bool) -> None:
-        required = [_names(p.get_help_record(ctx)[0]) for p in self.get_params(ctx) if p.required]
+        shown = [(p, record) for p in self.get_params(ctx) if (record := p.get_help_record(ctx))]
+        required = [_names(record[0]) for p, record in shown if p.required]
         words = [*required, "[OPTIONS]"] if self.name != "help" else required
         formatter.write_usage(ctx.command_path, " ".join(words))
         self.format_help_text(ctx, formatter)
@@ -93,9 +94,7 @@ class Command(TyperCommand):
                 formatter.write(f"  {example}\n")
         hidden = set() if rare else RARE.get(str(self.name), set())
         rows, names = [], []
-        for parameter in self.get_params(ctx):
-            if not (record := parameter.get_help_record(ctx)):
-                continue
+        for parameter, record in shown:
             if parameter.name in hidden:
                 names.append(parameter.opts[0])
             else:

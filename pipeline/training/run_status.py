@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline import config_file
-from pipeline.checkpoints.checkpoint import best_step, checkpoint_name, committed_step
-from pipeline.checkpoints.run_dir import RunDir
+from pipeline.checkpoints.checkpoint import best_step, committed_step
+from pipeline.checkpoints.run_dir import RunDir, checkpoint_name
 from pipeline.cluster import failure, interrupt, lease
 from pipeline.cluster.lease import Holder
 from pipeline.config import Config

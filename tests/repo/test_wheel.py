@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 
 from pipeline import init as init_job
 from pipeline.errors import ConfigError
+from pipeline.monitoring.machine import PROTOCOLS
 from tests.launch import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -72,3 +76,25 @@ def test_init_keeps_files_that_exist(tmp_path: Path) -> None:
     assert init_job.init(str(tmp_path))["written"] == []
     with pytest.raises(ConfigError, match="is a file: name a directory"):
         init_job.init(str(tmp_path / "launch/env.sh"))
+
+
+def test_every_package_that_is_imported_is_a_dependency_or_an_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    given = [
+        *project["dependencies"],
+        *(line for name in extras if name not in ("dev", "fuzz") for line in extras[name]),
+    ]
+    distributions = {re.split(r"[><=\[]", line)[0].lower().replace("-", "_") for line in given}
+    others = {"PIL": "pillow", "yaml": "pyyaml"}
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"pipeline"}:
+                assert others.get(name, name) in distributions, f"{path.name} imports {name}: name it in pyproject.toml"
+
+
+def test_every_protocol_that_the_doctor_misses_has_an_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(PROTOCOLS.values()) <= extras.keys()
