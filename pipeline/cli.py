@@ -14,8 +14,8 @@ from typer.main import get_command
 
 from pipeline import messages
 from pipeline.cluster.interrupt import signals_to
-from pipeline.cluster.launch_environment import count, tell_launcher
-from pipeline.commands import data, interchange, models, runs, suggestions
+from pipeline.cluster.launch_environment import count, report_exit_code, tell_launcher
+from pipeline.commands import data, help, interchange, models, runs, suggestions, workspace
 from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
 
 _INTERRUPTED = 130
@@ -26,15 +26,16 @@ app = typer.Typer(
     help="DDPM at cluster scale: images → shards → run → samples → figures.\n\n"
     "Exit codes: 0 done, 2 usage or configuration, 3 data refused, 4 no valid checkpoint, 75 stopped on request and "
     "resumable, 130 interrupted twice, 1 a bug.",
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 _COMMANDS: dict[str, Callable[..., None]] = {
     "shard": data.shard, "verify": data.verify, "index": data.index, "train": runs.train, "sample": models.sample,
     "evaluate": models.evaluate, "export": interchange.export, "import": interchange.import_model, "plan": runs.plan,
-    "doctor": runs.doctor,
+    "doctor": runs.doctor, "show": workspace.show, "runs": workspace.runs, "init": workspace.init,
+    "help": help.show_help,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, cls=help.Command)(_command)
 
 
 def main(words: list[str] | None = None) -> NoReturn:
@@ -46,6 +47,7 @@ def main(words: list[str] | None = None) -> NoReturn:
             code = app(words, prog_name="ddpm", standalone_mode=False)  # an exit code where the parser ends it
         except PipelineError as error:
             if error.is_told_elsewhere or (isinstance(error, ConfigError | Stopped) and count("LOCAL_RANK", 0)):
+                report_exit_code(error.exit_code)
                 time.sleep(_HEAD_START_S)  # the launcher ends all processes when the first one has ended
                 sys.exit(error.exit_code)
             _exit(str(error), error.exit_code)
@@ -71,4 +73,5 @@ def _exit(message: str, code: int) -> NoReturn:
     for line in message.splitlines():
         messages.error(f"ddpm{f' (rank {rank})' if rank else ''}: {line}")
     tell_launcher(message)
+    report_exit_code(code)
     sys.exit(code)

@@ -8,7 +8,9 @@ the shards it was at, and processes do not communicate. All figures follow from 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,7 @@ from pipeline.evaluation.memorisation import memorised_share
 from pipeline.evaluation.neighbours import nearest
 from pipeline.evaluation.result_file import Arrays
 from pipeline.evaluation.shard_results import ShardResults
+from pipeline.forecast import Forecast
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.telemetry import record_evaluation
 from pipeline.sampling import generator as generators
@@ -44,6 +47,8 @@ from pipeline.training.datasets import fit_classes
 
 RESULT = "evaluation.json"
 _NEAREST_ROWS, _NEAREST = 20, 4
+_PASSES = 6
+"""Passes through the network that a forecast of the likelihood takes."""
 
 
 @dataclass(frozen=True)
@@ -126,43 +131,93 @@ def likelihood(
         Stopped: on request; finished shards stay.
     """
     with Interrupt("" if quiet else "finished shards stay") as interrupt:
-        shards = ShardSet.open(url)
-        generator = generators.load(source, own_device(), ema=ema)
-        data = generator.config.data
-        if (shards.size, shards.channels) != (data.height_width, data.channels):
-            raise ConfigError(
-                f"{url} has images of {_shape(shards.size, shards.channels)}, {source} was trained on "
-                f"{_shape(data.height_width, data.channels)}: give a set made alike"
-            )
-        if shards.classes:
-            shards = fit_classes(shards, generator.class_names)
-        elif generator.class_names and not generator.config.model.label_dropout:
-            raise ConfigError(f"{url} has no classes, and {source} knows no image without: give a set with classes")
-
-        def bound(batch: Batch) -> Any:
-            def check_stop() -> None:
-                _check_stop(interrupt)
-
-            return generator.bits_per_dimension(batch.images, batch.labels, batch.positions, check_stop)
-
-        network = {
-            "model_sha256": generator.sha256,
-            "weights": "ema" if ema else "model",
-            "precision": generator.config.train.precision,
-            "classes": "\n".join(shards.classes or ()),
-        }
-        results = likelihoods.of_shards(shards, bound, network, cache or url, generator.config.sample.batch)
+        results, _ = _of_likelihood(source, url, cache, ema, lambda: _check_stop(interrupt))
         if not _compute_missing([results], "computing the likelihood", interrupt, quiet):
             return {"complete": False}
         arrays = results.read()
         return {
             "complete": True,
-            "n": shards.samples,
-            "model_sha256": generator.sha256,
-            "reference_sha256": shards.sha256,
+            "n": results.shards.samples,
+            "model_sha256": results.network["model_sha256"],
+            "reference_sha256": results.shards.sha256,
             "figures": _as_json(likelihoods.figures(arrays)),
             "terms": arrays["terms"].mean(axis=0, dtype=np.float64).round(9).tolist(),
         }
+
+
+def forecast(request: EvaluationRequest) -> Forecast:
+    """What `evaluate` would do for this request; writes nothing. Computes the features of one batch, for their time.
+
+    Raises:
+        ConfigError, DataError: as `evaluate` does before it computes.
+    """
+    _check_outputs(request)
+    samples, reference = ShardSet.open(request.samples), ShardSet.open(request.against)
+    _check_alike(samples, reference)
+    if request.log:
+        _step_of(samples, request.log)
+    where = request.cache or samples.url
+    if feature_networks.is_to_be_fetched(request.features):
+        work = f"{samples.samples + reference.samples:,} images, after the network of {request.features} is fetched"
+        return Forecast(where, work, samples.samples + reference.samples, "images", None, "its network is not here", 0)
+    extractor = feature_networks.load(request.features, own_device(), samples.size)
+    results = [feature_networks.of_shards(shards, extractor, request.cache or shards.url)
+               for shards in (reference, samples)]  # fmt: skip
+    return _forecast(where, results)
+
+
+def forecast_likelihood(source: str, url: str, *, cache: str | None = None, ema: bool = True) -> Forecast:
+    """What `likelihood` would do; writes nothing. Measures a few passes through the network.
+
+    Raises:
+        ConfigError, DataError, NoCheckpoint: as `likelihood` does before it computes.
+    """
+    passes: list[float] = []
+
+    def check_stop() -> None:
+        passes.append(time.monotonic())
+        if len(passes) > _PASSES:
+            raise _MeasuredError
+
+    results, timesteps = _of_likelihood(source, url, cache, ema, check_stop)
+    missing = results.missing()
+    images = sum(results.shards.shards[i].samples for i in missing)
+    per_s = None
+    if images:
+        count = min(results.batch, results.shards.shards[missing[0]].samples)
+        with suppress(_MeasuredError):
+            results.compute_batch(read_range(results.shards, range(count)))
+        per_s = count / (timesteps * (passes[-1] - passes[1]) / (len(passes) - 2))
+    return Forecast(
+        where=cache or url, work=f"the likelihood of {images:,} of {results.shards.samples:,} images to compute",
+        units=images, unit="images", per_s=per_s, basis=f"measured on {len(passes) - 2} of {timesteps} passes",
+        bytes=images * 4 * (timesteps + 1), free_bytes=files.free_bytes(cache or url),
+    )  # fmt: skip
+
+
+class _MeasuredError(Exception):
+    """Enough passes were measured."""
+
+
+def _forecast(where: str, results: Sequence[ShardResults]) -> Forecast:
+    """The features that are missing in both sets, with the time of a batch."""
+    images, per_s, row_bytes, basis = 0, None, 0, ""
+    for result in results:
+        missing = sum(result.shards.shards[i].samples for i in result.missing())
+        images += missing
+        if missing and per_s is None:
+            batch = read_range(result.shards, range(min(result.batch, result.shards.samples)))
+            result.compute_batch(batch)  # the first one is slower
+            started = time.monotonic()
+            arrays = result.compute_batch(batch)
+            per_s = len(batch.images) / (time.monotonic() - started)
+            row_bytes = sum(array.nbytes // len(array) for array in arrays.values())
+            basis = f"measured on a batch of {len(batch.images)} images, one process; the figures come on top"
+    total = sum(result.shards.samples for result in results)
+    return Forecast(
+        where=where, work=f"features of {images:,} of {total:,} images to compute, then the figures", units=images,
+        unit="images", per_s=per_s, basis=basis, bytes=images * row_bytes, free_bytes=files.free_bytes(where),
+    )  # fmt: skip
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -178,6 +233,36 @@ def as_table(result: dict[str, Any]) -> str:
     against = f" against {result['reference_n']:,}" if "reference_n" in result else ""
     lines.append(f"{result['n']:,} images{against}")
     return "\n".join(lines + [f"note: {note}" for note in result.get("notes", ())])
+
+
+def _of_likelihood(
+    source: str, url: str, cache: str | None, ema: bool, check_stop: Callable[[], None]
+) -> tuple[ShardResults, int]:
+    """The likelihood of a set by shard, which is yet to be computed, and the timesteps of the model."""
+    shards = ShardSet.open(url)
+    generator = generators.load(source, own_device(), ema=ema)
+    data = generator.config.data
+    if (shards.size, shards.channels) != (data.height_width, data.channels):
+        raise ConfigError(
+            f"{url} has images of {_shape(shards.size, shards.channels)}, {source} was trained on "
+            f"{_shape(data.height_width, data.channels)}: give a set made alike"
+        )
+    if shards.classes:
+        shards = fit_classes(shards, generator.class_names)
+    elif generator.class_names and not generator.config.model.label_dropout:
+        raise ConfigError(f"{url} has no classes, and {source} knows no image without: give a set with classes")
+
+    def bound(batch: Batch) -> Any:
+        return generator.bits_per_dimension(batch.images, batch.labels, batch.positions, check_stop)
+
+    network = {
+        "model_sha256": generator.sha256,
+        "weights": "ema" if ema else "model",
+        "precision": generator.config.train.precision,
+        "classes": "\n".join(shards.classes or ()),
+    }
+    results = likelihoods.of_shards(shards, bound, network, cache or url, generator.config.sample.batch)
+    return results, generator.config.diffusion.timesteps
 
 
 def _check_outputs(request: EvaluationRequest) -> None:

@@ -27,7 +27,9 @@ from pipeline.data.images.contact_sheet import grid
 from pipeline.data.shards import sample_set
 from pipeline.data.shards.committed import CommittedSeeds
 from pipeline.data.shards.sample_set import SampleSet
+from pipeline.data.shards.shard_set import Sample, key, pack
 from pipeline.errors import Stopped
+from pipeline.forecast import Forecast
 from pipeline.monitoring.environment import environment
 from pipeline.monitoring.progress import Progress
 from pipeline.sampling import generator as generators
@@ -43,6 +45,9 @@ VIDEO_FRAMES = 120
 
 TRAJECTORY_ROWS, TRAJECTORY_COLUMNS = 8, 11
 """Maximum numbers of seeds and of images of each in a sheet of trajectories."""
+
+_LEAST_STEPS, _TRIED_S = 3, 10.0
+"""A forecast measures so many steps at least, then stops after so many seconds."""
 
 _T = TypeVar("_T")
 
@@ -65,33 +70,11 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
         Stopped: on request, before the next pass through the network; finished shards stay.
     """
     with Interrupt("" if quiet else "finished shards stay") as interrupt:
-        request.check_outputs()
-        request.check_start()
-        generator = generators.load(
-            request.source, own_device(), ema=request.ema, ema_length=request.ema_length, guide=request.guide
-        )
-        begun = sample_set.provenance(request.out) if request.out else {}
         rank = process_rank().rank
-        options, shard_samples = choose(request, generator, begun, quiet=quiet)
-        if request.from_image:
-            data, strength = generator.config.data, request.strength or DEFAULT_STRENGTH
-            size = options.height_width or data.height_width
-            generator = generator.starting_at(image_start.read(request.from_image, strength, size, data.channels))
+        generator, options, target = _prepare(request, quiet=quiet)
         started = time.monotonic()
         if rank == 0 and (line := generator.advice(options)):
             messages.warning(line)
-        target = (
-            None
-            if not request.out
-            else SampleSet(
-                request.out,
-                request.format,
-                shard_samples,
-                provenance(generator, options, request.format, shard_samples),
-                environment(generator.device) | {"threads": torch.get_num_threads()},
-                asked=request.seeds,
-            )
-        )
         drawing = _Drawing(request, generator, options, target, interrupt, quiet or rank > 0)
         result = {"images": request.images, "drawn": 0, "complete": True, "out": request.out}
         if target:
@@ -100,6 +83,75 @@ def sample(request: SamplingRequest, *, quiet: bool = False) -> dict[str, Any]:
             drawing.draw_sheets()
         written = {name: getattr(request, name) for name in ("grid", "video", "trajectory")}
         return result | written | {"seconds": round(time.monotonic() - started, 3)}
+
+
+def forecast(request: SamplingRequest) -> Forecast:
+    """What `sample` would do for this request; writes nothing. Takes a few steps of one batch, to measure their time.
+
+    Raises:
+        ConfigError, DataError, NoCheckpoint, Stopped: as `sample` does before it draws.
+    """
+    with Interrupt() as interrupt:
+        generator, options, target = _prepare(request, quiet=True)
+        images, total = min(request.images, SHOWN), min(request.images, SHOWN)
+        if request.interpolate:
+            images = total = request.interpolate
+        if target:
+            total = request.images
+            images = total - CommittedSeeds(target, request.seeds, target.check()).count
+        batch_s, steps, image_bytes = _measure(generator, options, interrupt) if images else (0.0, 0, 0)
+        batches = -(-images // options.batch)
+        return Forecast(
+            where=request.out or request.grid or request.video or request.trajectory or "",
+            work=f"{images:,} of {total:,} images to draw, in {batches:,} batches of {options.batch}" if images
+            else f"all {total:,} images are there",
+            units=images, unit="images", per_s=images / (batches * batch_s) if batches else None,
+            basis=f"measured on {steps} of {generator.steps(options)} steps of one batch, one process on "
+            f"{generator.device.type}",
+            bytes=images * image_bytes, bytes_are="at most", free_bytes=files.free_bytes(request.out or "."),
+        )  # fmt: skip
+
+
+def _measure(generator: Generator, options: SamplingOptions, interrupt: Interrupt) -> tuple[float, int, int]:
+    """Seconds of a batch, the steps measured, and bytes of a sample at most: of noise, which PNG cannot compress."""
+    steps, times, first = generator.steps(options), [time.monotonic()], None
+    check_stop = _watch(interrupt, Progress(steps, "measuring", unit="steps", quiet=True))
+    for images in generator.denoising(range(options.batch), options, steps, check_stop):
+        first = images[0] if first is None else first
+        times.append(time.monotonic())
+        if len(times) > _LEAST_STEPS and times[-1] - times[0] > _TRIED_S:
+            break
+    measured = times[1:] if len(times) > 2 else times  # the first step may compile
+    seconds = (measured[-1] - measured[0]) / (len(measured) - 1) * steps
+    noise = preprocess.encode(np.asarray(first), "png")
+    sample_bytes = len(pack(Sample(key(0), noise, "png", 0, {"seed": 0, "label": 0})).data)
+    return seconds, len(measured) - 1, sample_bytes
+
+
+def _prepare(request: SamplingRequest, *, quiet: bool) -> tuple[Generator, SamplingOptions, SampleSet | None]:
+    """Check a request: the generator, every option, and the sample set if there is one."""
+    request.check_outputs()
+    request.check_start()
+    generator = generators.load(
+        request.source, own_device(), ema=request.ema, ema_length=request.ema_length, guide=request.guide
+    )
+    begun = sample_set.provenance(request.out) if request.out else {}
+    options, shard_samples = choose(request, generator, begun, quiet=quiet)
+    if request.from_image:
+        data, strength = generator.config.data, request.strength or DEFAULT_STRENGTH
+        size = options.height_width or data.height_width
+        generator = generator.starting_at(image_start.read(request.from_image, strength, size, data.channels))
+    if not request.out:
+        return generator, options, None
+    target = SampleSet(
+        request.out,
+        request.format,
+        shard_samples,
+        provenance(generator, options, request.format, shard_samples),
+        environment(generator.device) | {"threads": torch.get_num_threads()},
+        asked=request.seeds,
+    )
+    return generator, options, target
 
 
 @dataclass(frozen=True)

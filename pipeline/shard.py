@@ -16,7 +16,7 @@ from pipeline.data.images.dedupe import Dedupe
 from pipeline.data.images.preprocess import encode
 from pipeline.data.shards import build, image_task
 from pipeline.data.shards.build import ShardSetBuilder, Task
-from pipeline.data.shards.image_task import ImageTask, Outcome
+from pipeline.data.shards.image_task import ImageTask, NumberedInput, Outcome
 from pipeline.data.shards.join import refuse_too_many_bad
 from pipeline.data.shards.settings import ShardSettings
 from pipeline.data.shards.shard_set import ShardSet
@@ -25,6 +25,7 @@ from pipeline.data.sources.inputs import Source
 from pipeline.data.sources.keys import parse_extensions
 from pipeline.data.sources.listing import Reader, list_inputs
 from pipeline.errors import ConfigError, DataError, Stopped
+from pipeline.forecast import Forecast
 from pipeline.monitoring.progress import Progress
 from pipeline.processes import pool
 from pipeline.processes.prefetch import prefetch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _CLASSES_SHOWN = 20
 _PREVIEW_IMAGES = 100
+_TRIED, _TRIED_S = 64, 5.0
+"""A forecast tries so many inputs, for so many seconds at most."""
 
 
 def shard(
@@ -113,6 +116,61 @@ def shard(
         labels_from=builder.listing.labels_from,
         next=command if done == shards else "",
     )
+
+
+def forecast(
+    sources: list[str],
+    out: str,
+    settings: ShardSettings,
+    *,
+    image_ext: str | None = None,
+    workers: int = 0,
+    part: str = "0/1",
+    overwrite: bool = False,
+    features: str | None = None,
+) -> Forecast:
+    """What `shard` with these arguments would do; writes nothing.
+
+    Raises:
+        ConfigError, DataError, Stopped: as `shard` does before its first shard.
+    """
+    if not out:
+        raise ConfigError("--out is empty: name the directory or URL of the set")
+    number, parts = _parse_part(part, overwrite, settings.dedupe)
+    build.refuse_nesting(sources, out)
+    if features:
+        _load_network(features, settings.size)
+    with Interrupt() as interrupt:
+        begun = None if overwrite else build.begun_classes(out)
+        check_stop = partial(_check_stop, interrupt, "before the first shard")
+        listing = list_inputs(sources, settings.labels, check_stop, parse_extensions(image_ext), begun)
+        builder = ShardSetBuilder(out, settings, sources, listing, build.files_to_clear(out) if overwrite else ())
+        tasks = builder.part(number, parts)
+        missing, workers = builder.missing(tasks), workers or pool.cores()
+        inputs = sum(map(len, missing))
+        tried, taken, per_s, sample_bytes = _measure(builder, missing)
+        basis = f"measured on {tried} inputs in one process, of which {taken} were taken; {workers} workers assumed"
+    return Forecast(
+        where=out,
+        work=f"{len(missing)} of {len(tasks)} shards to make, of {inputs:,} inputs" if missing
+        else f"all {len(tasks)} shards are there, nothing to do",
+        units=inputs, unit="images", per_s=per_s and per_s * min(workers, pool.cores()), basis=basis,
+        bytes=inputs * sample_bytes, free_bytes=files.free_bytes(out),
+    )  # fmt: skip
+
+
+def _measure(builder: ShardSetBuilder, missing: Sequence[Task]) -> tuple[int, int, float, float]:
+    """Make samples of inputs from all over the missing shards: how many, how many taken, inputs/s, bytes an input."""
+    tasks = [missing[i * len(missing) // _TRIED] for i in range(_TRIED)] if missing else []
+    chosen = sorted({task.first + i * len(task) // _TRIED for i, task in enumerate(tasks)})
+    maker, started = _image_task(builder.listing.sources, builder.settings), time.monotonic()
+    tried, sizes = 0, list[int]()
+    for outcome in maker.make([NumberedInput(i, *builder.listing.inputs[i : i + 1]) for i in chosen]):
+        tried += 1
+        sizes += [len(outcome.packed.data)] if outcome.packed else []
+        if time.monotonic() - started > _TRIED_S:
+            break
+    return tried, len(sizes), tried / max(time.monotonic() - started, 1e-6), sum(sizes) / max(tried, 1)
 
 
 def _open_set(

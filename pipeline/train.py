@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from math import inf
 from typing import Any
@@ -28,12 +28,14 @@ from pipeline.data.loading.batches import Batch, Batches, read_all
 from pipeline.data.loading.order import Order, check_world
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import DataError, Diverged, NoCheckpoint, RunHeld, Stopped
+from pipeline.evaluation.features import is_to_be_fetched
+from pipeline.forecast import Forecast
 from pipeline.monitoring.machine import cpu_has_bf16
 from pipeline.monitoring.meter import Meter
 from pipeline.processes.forkserver import start_worker_server
 from pipeline.sampling.pretrained import load_for_training
 from pipeline.storage import files
-from pipeline.training import resume
+from pipeline.training import forecasts, resume
 from pipeline.training.datasets import fit_classes, open_sets
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.learning_rate import learning_rate
@@ -113,6 +115,32 @@ def train(config: Config, *, overrides: Collection[str] = (), quiet: bool = Fals
         log.info(
             f"done: {trainer.state.step} steps; checkpoints, previews and TensorBoard logs are in {config.run.dir}"
         )
+
+
+def forecast(config: Config, *, overrides: Collection[str] = ()) -> Forecast | None:
+    """What `train` with these arguments would do; writes nothing. Takes three steps, to measure their time.
+
+    Returns:
+        None on ranks other than 0.
+
+    Raises:
+        ConfigError, DataError, Diverged, NoCheckpoint, RunHeld: as `train` does before its first step.
+    """
+    with ExitStack() as stack:
+        ranks = world.init_distributed(config.train.device, config.run.timeout)
+        stack.push(lambda kind, *_: ranks.shutdown() if kind is None else None)
+        sets = open_sets(config, ranks.on_rank0)
+        info, warn = (write if ranks.is_main else messages.discard for write in (messages.info, messages.warning))
+        point, _ = ranks.on_rank0(lambda: resume.open_run(config, sets, overrides, ranks, stack, None, info, warn))
+        measured = None
+        if point.step < point.config.train.steps:
+            trainer = _make_trainer(point.config, ranks, point)
+            shards, *held_out = (fit_classes(data, point.classes) for data in sets)
+            batches = stack.enter_context(_open_batches(trainer, shards))
+            if config.run.evaluate_every and not is_to_be_fetched(config.run.evaluate_features):
+                Evaluator(point.config, ranks, [*held_out, shards][0], nullcontext, lambda: False)
+            measured = forecasts.measure(trainer, batches)
+        return forecasts.of_run(point, ranks, measured) if ranks.is_main else None
 
 
 def _loop(

@@ -1,4 +1,4 @@
-"""Quantities as people write them: `50ep` (epochs), `10m` (a duration), `96x64` (a size). Pure."""
+"""Quantities as people write and read them: `50ep` (epochs), `10m` (a duration), `96x64` (a size). Pure."""
 
 from __future__ import annotations
 
@@ -121,3 +121,23 @@ class EpochCounter:
             return int(interval) > 0 and step % int(interval) == 0
         samples = count * self.epoch
         return samples > 0 and self.samples_after(step) // samples > self.samples_after(step - 1) // samples
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people: `45 s`, `12 min`, `3 h 05 min`, `4 d 06 h`."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes <= 90:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02} min" if hours < 72 else f"{hours // 24} d {hours % 24:02} h"
+
+
+def bytes_text(count: float) -> str:
+    """An amount of storage for people: `12.3 KiB`, `4.0 MiB`, `1.5 TiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.errors import ConfigError
 
@@ -23,6 +24,8 @@ _MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
 _OTHER_TRAINERS = tuple(
     f"ACCELERATE_USE_{kind}" for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "SAGEMAKER", "PARALLELISM_CONFIG")
 )
+EXIT_CODES = "DDPM_EXIT_CODES"
+"""Names the directory into which each rank writes its exit code."""
 _KEEP = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 _YES = {"1", "true", "yes", "y", "on", "t"}
 
@@ -69,17 +72,35 @@ def in_turn(shards: list[int], process: ProcessRank) -> list[int]:
     """The shards of this process in the order it works on them: its share under a launcher, otherwise all of them.
 
     Independent processes share the work too: each checks before a shard whether it is complete, and two processes that
-    make the same shard write the same bytes. Task i of n of a job array starts i/n of the way and wraps around; other
-    processes take a random order. The order changes the speed only.
+    make the same shard write the same bytes. Task i of n of a job array (SLURM), or index i of n of an Indexed Job
+    (Kubernetes, if its manifest sets JOB_COMPLETIONS), starts i/n of the way and wraps around; other processes take a
+    random order. The order changes the speed only.
     """
     share = shards[process.rank :: process.size]
-    task, first, tasks = (os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "COUNT"))
-    if task.isdecimal() and first.isdecimal() and tasks.isdecimal():
-        start = len(share) * (int(task) - int(first)) // max(1, int(tasks)) % max(1, len(share))
+    if place := _place_in_array():
+        task, tasks = place
+        start = len(share) * task // tasks % max(1, len(share))
         return share[start:] + share[:start]
     if process.size == 1:
         random.SystemRandom().shuffle(share)
     return share
+
+
+def _place_in_array() -> tuple[int, int] | None:
+    """The number of this task, from 0, and the number of tasks; None outside of an array."""
+    for names in (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+                  ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS", None)):  # fmt: skip
+        task, tasks, first = (os.environ.get(name, "") if name else "0" for name in names)
+        if task.isdecimal() and tasks.isdecimal() and first.isdecimal():
+            return int(task) - int(first), max(1, int(tasks))
+    return None
+
+
+def report_exit_code(code: int) -> None:
+    """Write the exit code of this rank into the directory that `supervise` names: launchers turn every code into 1."""
+    if directory := os.environ.get(EXIT_CODES):
+        with suppress(OSError):
+            Path(directory, os.environ.get("RANK") or "0").write_text(str(code))
 
 
 def prepare_training() -> ProcessRank:

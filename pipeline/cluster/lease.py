@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -136,10 +136,7 @@ class Lease:
         """How this job knows that the holder is dead; None if it does not know."""
         if holder.job and holder.job == self._own.job and holder.restarts < self._own.restarts:
             return "this is the same job, started again"
-        is_here = self._own.machine and holder.machine == self._own.machine
-        if is_here and (holder.pid is None or _start_time(holder.pid) != holder.started):
-            return "its process is gone"
-        return None
+        return "its process is gone" if _is_here(holder) and not _has_process(holder) else None
 
     def _beat(self) -> None:
         self._own = replace(self._own, count=self._own.count + 1)
@@ -159,6 +156,42 @@ def current_holder(run_dir: str) -> Holder | None:
         holder = _read(run, generation)
         return None if holder.released else holder
     return None
+
+
+def living_holders(run_dirs: Iterable[str]) -> dict[str, Holder]:
+    """The processes that hold these runs and are alive: run → its holder.
+
+    A holder on another machine is alive if its counter changes. All of them are watched at once, for two beats at most.
+    """
+    holders = {run_dir: holder for run_dir in run_dirs if (holder := current_holder(run_dir))}
+    alive = {run_dir: holder for run_dir, holder in holders.items() if _is_here(holder) and _has_process(holder)}
+    elsewhere = {run_dir: holder for run_dir, holder in holders.items() if not _is_here(holder)}
+    until = time.monotonic() + 2 * BEAT_S
+    while elsewhere and time.monotonic() < until:
+        time.sleep(BEAT_S / 5)
+        moved = {run_dir: now for run_dir in elsewhere if (now := current_holder(run_dir)) != elsewhere[run_dir]}
+        alive |= {run_dir: now for run_dir, now in moved.items() if now}
+        elsewhere = {run_dir: holder for run_dir, holder in elsewhere.items() if run_dir not in moved}
+    return alive
+
+
+def refuse_if_held(run_dir: str) -> None:
+    """Check that no living process holds a run, without taking it.
+
+    Raises:
+        RunHeld: naming the process.
+    """
+    if holder := living_holders([run_dir]).get(run_dir):
+        raise RunHeld(f"{run_dir} is held by {holder}: stop that job, or take another run.dir")
+
+
+def _is_here(holder: Holder) -> bool:
+    """Whether a holder's process number is valid on this machine."""
+    return holder.machine is not None and holder.machine == _machine()
+
+
+def _has_process(holder: Holder) -> bool:
+    return holder.pid is not None and _start_time(holder.pid) == holder.started
 
 
 def _read(run: RunDir, generation: int) -> Holder:

@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline import arguments, messages
-from pipeline.commands.options import AsJson, ImageExt, MaxBadFraction, Quiet, Workers, path
+from pipeline.commands.options import (
+    AsJson,
+    DryRun,
+    ImageExt,
+    MaxBadFraction,
+    Quiet,
+    Workers,
+    path,
+    report_forecast,
+)
 from pipeline.errors import DataError
 
 
@@ -23,9 +32,7 @@ def shard(
         ),
     ],
     out: Annotated[str, path("SHARDSET", "Directory or URL of the shard set to write.")],
-    size: Annotated[
-        str, typer.Option(metavar="PX|HxW", help="Size of the images in pixels: the side, or height x width.")
-    ],
+    size: Annotated[str, typer.Option(metavar="PX|HxW", help="Size in pixels: the side, or height x width.")],
     labels: Annotated[
         str,
         path(
@@ -71,17 +78,26 @@ def shard(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a shard set of other sources or settings.")
     ] = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write images into a shard set. After an interruption, the same command continues."""
     from pipeline.data.shards.settings import ShardSettings
+    from pipeline.shard import forecast
     from pipeline.shard import shard as job
 
     settings = ShardSettings(
         size=arguments.size(size), channels=channels, crop=crop, pad=pad, format=format, labels=labels,
         background=background, min_size=min_size, dedupe=dedupe or "none", shard_samples=shard_samples,
     )  # fmt: skip
+    if dry_run:
+        report_forecast(
+            forecast(sources, out, settings, image_ext=image_ext, workers=workers, part=part, overwrite=overwrite,
+                     features=features),
+            as_json=as_json,
+        )  # fmt: skip
+        return
     summary = job(
         sources, out, settings, image_ext=image_ext, workers=workers, max_bad_fraction=max_bad_fraction, part=part,
         overwrite=overwrite, preview=preview, features=features, quiet=quiet,

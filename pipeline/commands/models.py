@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline import arguments, messages
-from pipeline.commands.options import AsJson, Quiet, path
+from pipeline.commands.options import AsJson, DryRun, Quiet, path, report_forecast
 from pipeline.config import FixedVariance, SamplingOptions
 from pipeline.errors import ConfigError
 from pipeline.solvers import SamplerName, Spacing
@@ -46,7 +46,7 @@ def sample(
             metavar="A-B|A|LIST", help="Draw one image for each seed: A-B (both included), A, or a comma list of both."
         ),
     ],
-    out: Annotated[str | None, path("SAMPLES", "Directory or URL of the sample set to write or to extend.")] = None,
+    out: Annotated[str | None, path("SAMPLES", "Sample set to write or extend: directory or URL.")] = None,
     sampler: Annotated[SamplerName | None, _sampling("sampler")] = None,
     steps: Annotated[int | None, _sampling("steps", min=1)] = None,
     eta: Annotated[float | None, _sampling("eta", min=0, max=1)] = None,
@@ -99,10 +99,11 @@ def sample(
         bool, typer.Option("--ema/--no-ema", help="Use the averaged weights, or those of the last training step.")
     ] = True,
     ema_length: Annotated[float | None, typer.Option(metavar="LENGTH", help=_EMA_LENGTH)] = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw samples. Any number of processes share the work; the same command again draws only missing images.
+    """Draw samples; the same command again draws only missing images. Any number of processes share the work.
 
     Options from --sampler to --size that are not given are those of the sample set if it was begun, else of the run.
     """
@@ -122,6 +123,9 @@ def sample(
         from_image=from_image, strength=strength, interpolate=interpolate, ema=ema, ema_length=ema_length,
         guide=guide,
     )  # fmt: skip
+    if dry_run:
+        report_forecast(job.forecast(request), as_json=as_json)
+        return
     result = job.sample(request, quiet=quiet)
     if as_json:
         messages.summary(json.dumps(result))
@@ -159,6 +163,7 @@ def evaluate(
         str | None, path("RUN", "Also write the figures into the TensorBoard of the run that drew the samples.")
     ] = None,
     ema: Annotated[bool, typer.Option("--ema/--no-ema", help="With --likelihood: use the averaged weights.")] = True,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -173,10 +178,16 @@ def evaluate(
             raise ConfigError(
                 "--likelihood goes with --cache only: leave --against, --features, --nearest and --log out"
             )
+        if dry_run:
+            report_forecast(job.forecast_likelihood(source, likelihood, cache=cache, ema=ema), as_json=as_json)
+            return
         result = job.likelihood(source, likelihood, cache=cache, ema=ema, quiet=quiet)
     elif not (against and features):
         raise ConfigError("give --against SHARDSET and --features FILE|inception, or --likelihood SHARDSET")
     else:
         request = job.EvaluationRequest(source, against, features, cache=cache, nearest=nearest, log=log)
+        if dry_run:
+            report_forecast(job.forecast(request), as_json=as_json)
+            return
         result = job.evaluate(request, quiet=quiet)
     messages.result(json.dumps(result) if as_json else job.as_table(result))

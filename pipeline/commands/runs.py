@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline import arguments, messages
-from pipeline.commands.options import AsJson, ConfigFile, Quiet, Settings, path
+from pipeline.commands.options import AsJson, ConfigFile, DryRun, Quiet, Settings, path, report_forecast
 from pipeline.errors import DataError
 
 
@@ -21,16 +21,21 @@ def train(
             metavar="KEY", help="Allow a resumed run to change this key, such as train.lr, which it otherwise keeps."
         ),
     ] = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
     """Train, or resume the run in run.dir. With many processes: accelerate launch -m pipeline.train --config C.yaml."""
     from pipeline.cluster.launch_environment import process_rank
     from pipeline.config_file import check_keys
+    from pipeline.train import forecast
     from pipeline.train import train as job
 
     check_keys(override or ())
     loaded = arguments.configuration(config, settings or (), processes=process_rank().size)
-    job(loaded, overrides=override or (), quiet=quiet)
+    if not dry_run:
+        job(loaded, overrides=override or (), quiet=quiet)
+    elif found := forecast(loaded, overrides=override or ()):
+        report_forecast(found)
 
 
 def plan(

@@ -152,10 +152,19 @@ def _read(url: str) -> bytes:
         raise ConfigError(f"{url} cannot be read ({error.strerror or error}): {_KINDS}") from error
 
 
+def is_to_be_fetched(name: str) -> bool:
+    """Whether `load` would fetch this file and write it to the cache of this user."""
+    return name == INCEPTION and not files.exists(_inception_path())
+
+
+def _inception_path() -> str:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return files.join(cache, "ddpm-pipeline", _INCEPTION_FILE)
+
+
 def _inception() -> tuple[str, bytes]:
     """The standard Inception file: from this user's cache, else from its URL, and then kept in the cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = files.join(cache, "ddpm-pipeline", _INCEPTION_FILE)
+    path = _inception_path()
     is_cached = files.exists(path)
     try:
         data = files.read_bytes(path if is_cached else _INCEPTION_URL)

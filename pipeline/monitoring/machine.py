@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 
 DISTRIBUTION = "ddpm-pipeline"
-PROTOCOLS = {"s3": "s3", "gs": "gcs", "abfs": "azure"}
+PROTOCOLS = {"s3": "s3", "gs": "gcs", "abfs": "azure", "http": "http", "hf": "hf"}
 """fsspec protocol → extra of this distribution that installs it."""
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
 
@@ -124,7 +124,7 @@ def _protocols() -> dict[str, bool]:
         return {}
     import fsspec
 
-    works = dict.fromkeys(("file", "memory", "http", *PROTOCOLS), True)
+    works = dict.fromkeys(("file", "memory", *PROTOCOLS), True)
     for protocol in works:
         try:
             fsspec.get_filesystem_class(protocol)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from tqdm import tqdm
 
 from pipeline import messages
+from pipeline.units import duration_text
 
 _REFRESH_S = 0.5
 """Seconds between two refreshes of a bar while nothing is counted."""
@@ -100,13 +101,6 @@ class Progress(AbstractContextManager["Progress"]):
         self._last_shown = time.monotonic()
         rate = (self._done - self._first) / max(self._last_shown - self._started, 1e-9)
         speed = f", {rate:.3g} {self._unit}/s" if rate else ""
-        left = f", {_duration((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
+        left = f", {duration_text((self._total - self._done) / rate)} left" if rate and self._done < self._total else ""
         tail = f", {self._postfix}" if self._postfix else ""
         messages.info(f"{self._job}: {self._done}/{self._total} {self._unit}{speed}{left}{tail}")
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes <= 90 else f"{minutes // 60} h {minutes % 60:02} min"

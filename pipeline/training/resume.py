@@ -11,7 +11,7 @@ import accelerate
 
 from pipeline.checkpoints.run_dir import RunDir
 from pipeline.cluster import failure
-from pipeline.cluster.lease import Lease
+from pipeline.cluster.lease import Lease, refuse_if_held
 from pipeline.cluster.world import World
 from pipeline.config import Config
 from pipeline.data.shards.shard_set import ShardSet
@@ -35,11 +35,13 @@ def open_run(
     overrides: Collection[str],
     ranks: World,
     stack: ExitStack,
-    lease: Lease,
+    lease: Lease | None,
     info: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> tuple[ResumePoint, Schedule]:
     """On rank 0: take the lease of the run and find where it resumes. A finished run is left untouched.
+
+    Without a lease nothing is written: the same checks are made, for a forecast.
 
     Args:
         asked: the whole run; lengths may still be in epochs.
@@ -47,9 +49,12 @@ def open_run(
         overrides: frozen keys that may differ from the run's own all the same.
         ranks: the processes of the job.
         stack: releases the lease at the end of the job.
-        lease: of the run.
+        lease: of the run; None for a forecast.
         info: called with lines for people.
         warn: called with warnings.
+
+    Raises:
+        RunHeld: another job holds the run and is alive.
     """
     run_dir, shards = asked.run.dir, sets[0]
     agree = partial(agree_on_classes, sets, asked.model.num_classes)
@@ -71,12 +76,17 @@ def open_run(
             return point, schedule  # otherwise its last checkpoint is damaged, and there is something to do
     if start.is_new(config):
         agree(None)  # before anything is written
-    stack.enter_context(lease)
+    if lease:
+        stack.enter_context(lease)
+    else:
+        refuse_if_held(run_dir)
     point, schedule = find(past)
     point = replace(point, classes=agree(point.state.get("classes"), info, warn))
     config = point.config
     if config.train.init_from and not point.checkpoint and asked.model.norm_groups == "auto":
         point = replace(point, config=start.with_norm_groups(config, norm_groups(config.train.init_from)))
+    if not lease:
+        return point, schedule
     start.start_run(point, warn)
     if point.step >= config.train.steps:
         write_done(config, point.step)  # an earlier start was killed between its last save and this

@@ -22,12 +22,14 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 FRONT = {"cli", "commands"}
-JOBS = {"shard", "train", "sample", "verify", "index", "evaluate", "export", "import_model", "plan", "doctor"}
+JOBS = {"shard", "train", "sample", "verify", "index", "evaluate", "export", "import_model", "plan", "doctor",
+        "show", "runs", "init"}  # fmt: skip
 BOTTOM = {"errors", "restricted_unpickler", "untrusted", "units", "keyed_random", "solvers"}
 DATA = {"data.images", "data.sources", "data.shards", "data.loading"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "units": set(),
+    "forecast": {"units"},
     "restricted_unpickler": set(),
     "keyed_random": set(),
     "solvers": set(),
@@ -60,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config_file",
         "diffusion",
         "evaluation",
+        "forecast",
         "messages",
         "model",
         "monitoring",
@@ -69,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 PURE = {
     "pipeline.units",
+    "pipeline.forecast",
     "pipeline.config",
     "pipeline.model_section",
     "pipeline.config_file",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,13 +70,17 @@ class ShardSetBuilder:
         settings: how samples are made.
         urls: the sources, as given.
         listing: their inputs.
+        to_clear: names of files in `out` that are taken for deleted, for a forecast with `--overwrite`.
 
     Raises:
         ConfigError: `out` holds anything but the beginning, or the whole, of this very set.
     """
 
-    def __init__(self, out: str, settings: ShardSettings, urls: Sequence[str], listing: Listing) -> None:
+    def __init__(
+        self, out: str, settings: ShardSettings, urls: Sequence[str], listing: Listing, to_clear: Collection[str] = ()
+    ) -> None:
         self._out, self.settings, self.listing = out, settings, listing
+        self._to_clear = set(to_clear)
         self._source = {
             "urls": list(urls),
             "inputs": len(listing.inputs),
@@ -97,7 +101,11 @@ class ShardSetBuilder:
         Raises:
             ConfigError: one of them belongs to another set.
         """
-        self._records = {task.stem: record for task in self.tasks if (record := read_record(self._out, task.stem))}
+        self._records = {
+            task.stem: record
+            for task in self.tasks
+            if f"{task.stem}.json" not in self._to_clear and (record := read_record(self._out, task.stem))
+        }
         for record in self._records.values():
             self._compare(record.extra)
 
@@ -192,6 +200,9 @@ class ShardSetBuilder:
 
     def _refuse_other_set(self) -> None:
         """Refuse a directory that holds anything but the beginning of this set; one record suffices, as all agree."""
+        if self._to_clear:
+            refuse_foreign(self._out, re.compile("|".join(map(re.escape, self._to_clear))))
+            return
         try:
             refuse_foreign(self._out, _UNCOMMITTED)
         except ConfigError:
@@ -251,15 +262,25 @@ def begun_classes(out: str) -> list[str] | None:
 
 def clear(out: str) -> None:
     """Delete a set that `ddpm shard` made, finished or not, and nothing else."""
+    for name in files_to_clear(out):
+        files.remove(files.join(out, name))
+
+
+def files_to_clear(out: str) -> list[str]:
+    """What `clear` deletes, in this order."""
     previous = _previous(out)
     if previous is None:
-        return
+        return []
     shards = previous.get("shards") or [previous]
     prefixes = {match[1] for shard in shards if (match := _SHARD_FILE.fullmatch(shard["name"]))}
-    for name in [INDEX, *files.listdir(out)]:  # the index first: without it the shards are no set
-        match = _SHARD_FILE.fullmatch(name)
-        if name in (INDEX, REJECTED) or (match and match[1] in prefixes) or _DERIVED.fullmatch(name):
-            files.remove(files.join(out, name))
+    names = sorted(files.listdir(out), key=lambda name: name != INDEX)  # first: without it the shards are no set
+    return [
+        name
+        for name in names
+        if name in (INDEX, REJECTED)
+        or ((match := _SHARD_FILE.fullmatch(name)) and match[1] in prefixes)
+        or _DERIVED.fullmatch(name)
+    ]
 
 
 def refuse_nesting(urls: Sequence[str], out: str) -> None:

@@ -1,0 +1,58 @@
+"""Commands of a working directory: init, show, runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from pipeline import arguments, messages
+from pipeline.commands.options import AsJson, Quiet, path
+
+
+def init(
+    out: Annotated[
+        str,
+        typer.Argument(callback=arguments.expand_homes, metavar="[DIR]", help="Where to; made if it is missing."),
+    ] = ".",
+    quiet: Quiet = False,
+) -> None:
+    """Copy the configurations and launch scripts of this installation into a directory. Existing files are kept."""
+    from pipeline import init as job
+
+    result = job.init(out)
+    if not quiet:
+        messages.summary(job.as_text(out, result))
+
+
+def show(
+    source: Annotated[
+        str,
+        typer.Argument(callback=arguments.expand_homes, metavar="PATH", help="A file, directory or URL."),
+    ],
+    preview: Annotated[
+        str | None,
+        path("FILE.png", "Also write the newest preview of a run, or the first images of a set."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what PATH is (run, checkpoint, set, model, images), how far it is, and what to do with it next."""
+    from pipeline import show as job
+
+    shown = job.show(source, preview)
+    messages.result(json.dumps(job.as_json(shown)) if as_json else job.as_text(shown))
+
+
+def runs(
+    directory: Annotated[
+        str,
+        typer.Argument(callback=arguments.expand_homes, metavar="[DIR]", help="Directory or URL that holds runs."),
+    ] = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """List the runs in a directory: state, step, loss, last checkpoint, time since the last line of the log."""
+    from pipeline import runs as job
+
+    found = job.runs(directory)
+    messages.result(json.dumps(found) if as_json else job.as_text(found))
