@@ -14,6 +14,7 @@ from typer.main import get_command
 from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.data.images.preprocess import REASONS
+from tests.repo import configuration_page
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "shards" / "README.md"]
@@ -103,6 +104,10 @@ def test_variables_are_read_by_something(page: str) -> None:
     code = "\n".join(source.read_text() for source in sources)
     for variable in set(re.findall(r"\b(?:DDPM|PET)_[A-Z_]+\b", TEXTS[page])):
         assert re.search(rf"\b{variable}\b", code), f"{page}: {variable}"
+
+
+def test_the_configuration_page_is_current() -> None:
+    assert TEXTS["docs/configuration.md"] == configuration_page.page(), "run `make schema`"
 
 
 def test_every_reason_is_explained() -> None:
