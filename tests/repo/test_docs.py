@@ -1,4 +1,4 @@
-"""What README and docs show exists: commands and their flags, keys, files, links, variables."""
+"""What README and docs show exists: commands and their flags, keys, files, functions, tests, links, variables."""
 
 from __future__ import annotations
 
@@ -96,6 +96,17 @@ def test_files_that_are_named_are_there(page: str) -> None:
     for code in _code(TEXTS[page]):
         for path in re.findall(r"(?<![\w/.~$-])(?:launch|configs|docs|benchmarks|tests)/[\w./-]+\w", code):
             assert path in written or (ROOT / path).exists(), f"{page}: {path}"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_functions_and_tests_that_are_named_are_there(page: str) -> None:
+    for path, name in re.findall(r"`((?:pipeline|tests|benchmarks)/[\w/]+\.py)::(\w+)`", TEXTS[page]):
+        assert re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("page", ["docs/ddpm.md", "docs/reproducibility.md"])
+def test_a_page_of_promises_names_the_tests_that_hold_them(page: str) -> None:
+    assert len(re.findall(r"`tests/[\w/]+\.py::test_\w+`", TEXTS[page])) >= 15
 
 
 @pytest.mark.parametrize("page", TEXTS)
