@@ -121,6 +121,13 @@ def test_the_configuration_page_is_current() -> None:
     assert TEXTS["docs/configuration.md"] == configuration_page.page(), "run `make schema`"
 
 
+def test_the_index_names_every_page_and_pages_are_short() -> None:
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"]({path.name})" in TEXTS["docs/README.md"], f"docs/README.md: {path.name}"
+        long = {"cluster.md", "performance.md"}  # older than the rule
+        assert path.name in long or len(path.read_text().splitlines()) <= 150, path
+
+
 def test_every_reason_is_explained() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", TEXTS["shards/README.md"], re.MULTILINE))
     assert {name: rows.get(name) for name in REASONS} == REASONS
