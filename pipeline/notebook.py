@@ -100,7 +100,7 @@ class ShardDataset(Dataset[tuple[Any, int]]):
     """A shard set as a dataset of (image, label), in the order of its index; for `torch.utils.data.DataLoader`.
 
     Every image is compared with its checksum when it is read. Training of this project does not use this class: its
-    loader reads whole shards in order, which is many times faster.
+    loader reads each shard once, in order.
 
     Args:
         url: a shard set or a sample set; a path or URL. With a URL and loader workers, give the DataLoader

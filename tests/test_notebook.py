@@ -1,4 +1,4 @@
-"""`import pipeline`: what its few names give is what the commands give, and docs/python.md runs as it stands."""
+"""`import pipeline` gives what the commands give; the Python of docs/python.md and docs/formats.md is run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.evaluation.test_features import npz, resnet_weights
 from tests.launch import ddpm
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+TEXT = PAGE.read_text() + PAGE.with_name("formats.md").read_text()
 OTHER = 'features="inception"', 'features="resnet.npz"'  # a file of 91 MB, which tests do not fetch
 
 
@@ -40,15 +41,15 @@ def model(house: Path) -> pipeline.Model:
     return pipeline.load_model(str(house / "runs" / "mine"), device="cpu")
 
 
-def test_the_page_runs_as_it_stands(
+def test_the_pages_run_as_they_stand(
     house: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(house)
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block.replace(*OTHER), names)
-    assert len(blocks) == 5 and (house / "first.png").exists()
+    assert len(blocks) == 6 and (house / "first.png").exists() and names["weights"]
     assert len(names["sevens"]) == 4 and names["images"].shape == (3, 8, 8, 1) and names["batch"].shape == (64, 1, 8, 8)
     printed = capsys.readouterr().out
     assert "runs/nothing-here" in printed and "40 samples" in printed
