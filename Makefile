@@ -52,9 +52,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-schema: $(VENV)/ready  ## after a change of pipeline/config.py
+schema: $(VENV)/ready  ## after a change of pipeline/config.py: the schema, and docs/configuration.md
 	$(BIN)/python -c "import json, pipeline.config as c; print(json.dumps(c.Config.model_json_schema(), indent=1))" > configs/config.schema.json.new
 	mv configs/config.schema.json.new configs/config.schema.json
+	$(BIN)/python -m tests.repo.configuration_page
 
 quality: samples/demo.png  ## do the demo's samples show what they were asked for?
 	$(BIN)/python benchmarks/demo_quality.py

@@ -1,4 +1,4 @@
-"""What README and docs show exists: commands and their flags, keys, files, links, variables."""
+"""What README and docs show exists: commands and their flags, keys, files, functions, tests, links, variables."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typer.main import get_command
 from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.data.images.preprocess import REASONS
+from tests.repo import configuration_page
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "shards" / "README.md"]
@@ -98,11 +99,33 @@ def test_files_that_are_named_are_there(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS)
+def test_functions_and_tests_that_are_named_are_there(page: str) -> None:
+    for path, name in re.findall(r"`((?:pipeline|tests|benchmarks)/[\w/]+\.py)::(\w+)`", TEXTS[page]):
+        assert re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("page", ["docs/ddpm.md", "docs/reproducibility.md"])
+def test_a_page_of_promises_names_the_tests_that_hold_them(page: str) -> None:
+    assert len(re.findall(r"`tests/[\w/]+\.py::test_\w+`", TEXTS[page])) >= 15
+
+
+@pytest.mark.parametrize("page", TEXTS)
 def test_variables_are_read_by_something(page: str) -> None:
     sources = [*ROOT.glob("pipeline/**/*.py"), *(path for path in (ROOT / "launch").rglob("*") if path.is_file())]
     code = "\n".join(source.read_text() for source in sources)
     for variable in set(re.findall(r"\b(?:DDPM|PET)_[A-Z_]+\b", TEXTS[page])):
         assert re.search(rf"\b{variable}\b", code), f"{page}: {variable}"
+
+
+def test_the_configuration_page_is_current() -> None:
+    assert TEXTS["docs/configuration.md"] == configuration_page.page(), "run `make schema`"
+
+
+def test_the_index_names_every_page_and_pages_are_short() -> None:
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"]({path.name})" in TEXTS["docs/README.md"], f"docs/README.md: {path.name}"
+        long = {"cluster.md", "performance.md"}  # older than the rule
+        assert path.name in long or len(path.read_text().splitlines()) <= 150, path
 
 
 def test_every_reason_is_explained() -> None:

@@ -1,0 +1,165 @@
+"""The public names of `import pipeline`: a trained model, a shard set as a torch dataset, figures of an evaluation.
+
+They call the same code as the commands, so they give the same images and figures, and raise the same errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipeline import evaluate as evaluation_job
+from pipeline.cluster.device import own_device
+from pipeline.config import Config
+from pipeline.data.loading.batches import read_range
+from pipeline.data.shards.shard_set import ShardSet
+from pipeline.errors import ConfigError, Stopped
+from pipeline.errors import PipelineError as PipelineError  # noqa: PLC0414  public
+from pipeline.evaluation.intervals import Figure as Figure  # noqa: PLC0414  public
+from pipeline.sampling import generator as generators
+from pipeline.sampling.options import SamplingRequest, choose
+
+
+def load_model(source: str, *, device: str | None = None, ema: bool = True) -> Model:
+    """Load a trained model.
+
+    Args:
+        source: a run (its newest valid checkpoint), a checkpoint, or a directory of diffusers; a path or URL.
+        device: such as `cpu` or `cuda:1`; None: the GPU if there is one.
+        ema: use the averaged weights, or those of the last training step.
+
+    Raises:
+        PipelineError: there is no such model, or its files are damaged. The message is one line.
+    """
+    return Model(generators.load(source, torch.device(device) if device else own_device(), ema=ema))
+
+
+class Model:
+    """A trained network that draws one image for each seed: the image that `ddpm sample` draws for it."""
+
+    def __init__(self, generator: generators.Generator) -> None:
+        self._generator = generator
+
+    @property
+    def config(self) -> Config:
+        """The configuration of its run. For a model from diffusers, what its files say."""
+        return self._generator.config
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes, by number; None for an unconditional model."""
+        return self._generator.class_names
+
+    def images(self, seeds: Iterable[int], **options: Any) -> NDArray[np.uint8]:
+        """Draw images.
+
+        Args:
+            seeds: one image for each; any order.
+            options: keys of `sample` in the configuration, such as `steps=25`, `guidance=1.5`, `batch=8`; `label` may
+                be the name of a class. All others are those of the run. Batches are always full: with few seeds a small
+                `batch` is faster, but the last bits of an image depend on it.
+
+        Returns:
+            uint8, (N, H, W, C), in the order of the seeds; C is 3, or 1 for grey.
+
+        Raises:
+            PipelineError: the model cannot do what an option asks for.
+        """
+        wanted = [int(seed) for seed in seeds]
+        ordered = sorted(set(wanted))
+        given = {key: self._number(value) if key == "label" else value for key, value in options.items()}
+        request = SamplingRequest("", tuple(range(seed, seed + 1) for seed in ordered), given)
+        chosen, _ = choose(request, self._generator, {}, quiet=True)
+        drawn = dict(self._generator.images(ordered, chosen))
+        data = self.config.data
+        shape = (*(chosen.height_width or data.height_width), data.channels)
+        return np.stack([drawn[seed] for seed in wanted]) if wanted else np.empty((0, *shape), np.uint8)
+
+    def pil_images(self, seeds: Iterable[int], **options: Any) -> list[Image.Image]:
+        """The same images as Pillow has them, mode RGB or L. Arguments and errors as in `images`."""
+        return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+                for image in self.images(seeds, **options)]  # fmt: skip
+
+    def _number(self, label: Any) -> Any:
+        """The number of a class that is given by its name."""
+        if not isinstance(label, str):
+            return label
+        if label not in (self.classes or ()):
+            raise ConfigError(f"label {label!r}: the classes of this model are {', '.join(self.classes or ('none',))}")
+        return (self.classes or ()).index(label)
+
+
+class ShardDataset(Dataset[tuple[Any, int]]):
+    """A shard set as a dataset of (image, label), in the order of its index; for `torch.utils.data.DataLoader`.
+
+    Every image is compared with its checksum when it is read. Training of this project does not use this class: its
+    loader reads each shard once, in order.
+
+    Args:
+        url: a shard set or a sample set; a path or URL. With a URL and loader workers, give the DataLoader
+            `multiprocessing_context="spawn"`.
+        transform: called with each image; default: none.
+
+    Attributes:
+        classes: names by class number; None without classes.
+        size: (height, width) in pixels.
+
+    Raises:
+        PipelineError: there is no such set, or it is damaged.
+    """
+
+    def __init__(self, url: str, transform: Callable[[Tensor], Any] | None = None) -> None:
+        self._shards, self._transform = ShardSet.open(url), transform
+        self.classes, self.size = self._shards.classes, self._shards.size
+
+    def __len__(self) -> int:
+        return self._shards.samples
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Image, uint8 (C, H, W) unless transformed, and label; the label is -1 if the image has none."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """Several at once, as a DataLoader asks for them: files are opened once for neighbours."""
+        count = len(self)
+        if bad := [i for i in indices if not -count <= i < count]:
+            raise IndexError(f"{self._shards.url} has {count} images: no number {bad[0]}")
+        numbers = [i % count for i in indices]
+        ordered = sorted(set(numbers))
+        batch, place = read_range(self._shards, ordered), {number: i for i, number in enumerate(ordered)}
+        images = [batch.images[place[number]] for number in numbers]
+        labels = [int(batch.labels[place[number]]) for number in numbers]
+        return [(self._transform(image) if self._transform else image, label) for image, label in zip(images, labels)]
+
+
+def figures(
+    samples: str, *, against: str, features: str = "inception", cache: str | None = None, quiet: bool = True
+) -> dict[str, Figure]:
+    """The figures of `ddpm evaluate`, with their 95 % intervals. Stored features are not computed again.
+
+    Args:
+        samples: a sample set, or any shard set.
+        against: the shard set to compare with.
+        features: a feature file, or `inception`.
+        cache: where features are kept; None: beside each set.
+        quiet: show no progress.
+
+    Returns:
+        Name → `Figure` with `value`, `low` and `high`: as `figures` in `evaluation.json` has them.
+
+    Raises:
+        PipelineError: the sets cannot be compared, or a file is damaged.
+    """
+    request = evaluation_job.EvaluationRequest(samples, against, features, cache=cache)
+    result = evaluation_job.evaluate(request, quiet=quiet)
+    if not result["complete"]:
+        raise Stopped("other processes are still at work on these features: call it again for the figures")
+    counts = result["n"], result["reference_n"]
+    return {name: Figure(**figure, n=counts[0], reference_n=counts[1]) for name, figure in result["figures"].items()}
