@@ -14,6 +14,7 @@ from pipeline import messages
 from pipeline.cluster.interrupt import signals_to
 from pipeline.cluster.launch_environment import count
 from pipeline.commands import data, interchange, models, runs
+from pipeline.commands.report import report
 from pipeline.errors import DataError, PipelineError, Stopped
 
 _INTERRUPTED = 130
@@ -26,8 +27,8 @@ app = typer.Typer(
 )  # fmt: skip
 _COMMANDS: dict[str, Callable[..., None]] = {
     "shard": data.shard, "verify": data.verify, "index": data.index, "train": runs.train, "sample": models.sample,
-    "evaluate": models.evaluate, "export": interchange.export, "import": interchange.import_model, "plan": runs.plan,
-    "doctor": runs.doctor,
+    "evaluate": models.evaluate, "report": report, "export": interchange.export,
+    "import": interchange.import_model, "plan": runs.plan, "doctor": runs.doctor,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)

@@ -22,7 +22,7 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 FRONT = {"cli", "commands"}
-JOBS = {"shard", "train", "sample", "verify", "index", "evaluate", "export", "import_model", "plan", "doctor"}
+JOBS = {"shard", "train", "sample", "verify", "index", "evaluate", "export", "import_model", "plan", "doctor", "report"}
 BOTTOM = {"errors", "restricted_unpickler", "untrusted", "units", "keyed_random", "solvers"}
 DATA = {"data.images", "data.sources", "data.shards", "data.loading"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitoring": BOTTOM | {"checkpoints", "cluster", "messages", "storage"},
     "sampling": BOTTOM | DATA | {"checkpoints", "config", "config_file", "diffusion", "messages", "model", "storage"},
     "evaluation": BOTTOM | DATA | {"diffusion", "storage"},
+    "reporting": BOTTOM | DATA | {"checkpoints", "cluster", "config", "config_file", "storage"},
     "training": BOTTOM
     | DATA
     | {
@@ -88,6 +89,8 @@ PURE = {
     "pipeline.data.sources.urls",
     "pipeline.data.shards.seeds",
     "pipeline.data.shards.summary",
+    "pipeline.monitoring.dashboard",
+    "pipeline.reporting.curves",
     "pipeline.training.learning_rate",
     "pipeline.training.continuity",
     "pipeline.evaluation.moments",
