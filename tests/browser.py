@@ -37,7 +37,7 @@ class Browser:
             os.dup2(theirs_out, 4)
 
         command = [str(CHROMIUM), *_FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: PLW1509  no threads here
             command, preexec_fn=as_3_and_4, pass_fds=(3, 4), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
         os.close(theirs_in)

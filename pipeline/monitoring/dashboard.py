@@ -20,19 +20,18 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 PREVIEW = "preview"
-_TAGS = {
-    "train/loss": "loss/train",
-    "val/": "loss/validation_",
+_TAGS = {"train/loss": "loss/train", "val/loss": "loss/validation"}
+_GROUPS = {
     "evaluation/": "quality/",
     "checkpoint/": "system/checkpoint_",
     "io/": "system/io_",
     "memory/": "system/memory_",
 }
-"""Beginnings of names in the log → beginnings of tags; other names are tags as they are."""
+"""Beginnings of names in the log → beginnings of tags; names that are in neither are tags as they are."""
 _LINES = {
     "Loss": {
         "training and validation": ("loss/train", "loss/validation"),
-        "by timestep": ("loss/train_t.*",),
+        "by timestep": ("train/loss_t.*",),
     },
     "Quality": {
         "Fréchet distance at this number of samples": ("quality/frechet_distance",),
@@ -61,14 +60,19 @@ _OUTCOMES = (
     *(("evaluation", f"quality/{name}") for name in ("frechet_distance", "kernel_distance", "precision", "recall")),
 )  # fmt: skip
 """Columns of figures in HParams: sub-directory of the event files, and tag."""
-_SECTIONS = ("data", "model", "diffusion", "train")
+_SETTINGS = {
+    "data": ("shards", "size", "flip"),
+    "model": ("base_channels", "channel_mults", "blocks_per_level", "attention_sizes", "dropout", "num_classes"),
+    "diffusion": ("schedule", "prediction_type", "loss_weighting", "timesteps"),
+    "train": ("steps", "global_batch", "lr", "lr_schedule", "warmup_steps", "ema_decay", "precision", "seed"),
+}
+"""Columns of settings in HParams, which opens with the first few and hides the others behind boxes to tick."""
 
 
 def tag(name: str) -> str:
     """The tag in TensorBoard of a curve's name in the log: `train/loss` → `loss/train`."""
-    if name == "val/loss":
-        return "loss/validation"
-    return next((new + name.removeprefix(old) for old, new in _TAGS.items() if name.startswith(old)), name)
+    moved = (new + name.removeprefix(old) for old, new in _GROUPS.items() if name.startswith(old))
+    return _TAGS.get(name) or next(moved, name)
 
 
 def layout() -> Summary.Value:
@@ -86,16 +90,16 @@ def layout() -> Summary.Value:
 
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """The settings that HParams shows: `train.lr` → value, of the sections that decide what is learned.
+    """The settings that HParams shows: `train.lr` → value; lists are text.
 
     Args:
         config: section → key → JSON value.
     """
     return {
         f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
-        for section in _SECTIONS
-        for key, value in config.get(section, {}).items()
-        if value is not None
+        for section, keys in _SETTINGS.items()
+        for key in keys
+        if (value := config.get(section, {}).get(key)) is not None
     }
 
 

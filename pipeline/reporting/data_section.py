@@ -51,7 +51,7 @@ def _classes(facts: DataFacts) -> str:
     more = len(facts.classes) - _CLASSES
     rest = paragraph(f"And {more:,} more classes.") if more > 0 else ""
     head = "<tr><th>class</th><th class=n>images</th><th class=wide></th></tr>"
-    return f'<div class="scroll"><table>{head}{rows}</table></div>{rest}'
+    return f'<div class="scroll classes"><table>{head}{rows}</table></div>{rest}'
 
 
 def _rejected(facts: DataFacts) -> str:

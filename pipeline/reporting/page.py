@@ -110,7 +110,8 @@ def _key_facts(content: Content) -> Iterator[tuple[str, str, str]]:
     """(name, value, remark) of what a reader wants first."""
     run = content.run
     if run.imported is None:
-        yield "steps", f"{run.step:,}", f"of {run.config.train.steps:,}, {run.config.train.global_batch} images each"
+        step = max([run.step, *(int(line["step"]) for line in run.log[-1:])])
+        yield "steps", f"{step:,}", f"of {run.config.train.steps:,}, {run.config.train.global_batch} images each"
     for name, curve in (("training loss", "train/loss"), ("validation loss", "val/loss")):
         if (value := run.last(curve)) is not None:
             yield name, number(value), f"at step {run.curve(curve)[-1][0]:,}"
@@ -153,9 +154,11 @@ def _curves(run: RunFacts, charts: Sequence[Chart]) -> str:
         return paragraph("There are no curves: this run has not logged a step.")
     missing = []
     if not run.curve("val/loss"):
-        missing.append("There is no validation loss: no validation set was given, or none was due yet.")
+        wanted = run.config.data.val_shards and run.config.run.val_every
+        missing.append("There is no validation loss " + ("yet." if wanted else "(data.val_shards, run.val_every)."))
     if not run.curve("evaluation/frechet_distance"):
-        missing.append("Samples were not evaluated during training (run.evaluate_every).")
+        wanted = run.config.run.evaluate_every
+        missing.append("Samples were not evaluated during training " + ("yet." if wanted else "(run.evaluate_every)."))
     figures = "".join(_figure(i, chart) for i, chart in enumerate(charts))
     return f'<div class="charts">{figures}</div>{paragraph(" ".join(missing)) if missing else ""}'
 
