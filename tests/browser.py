@@ -29,16 +29,22 @@ class Browser:
     def __enter__(self) -> Browser:
         self._ids, self.events, self._buffer = itertools.count(1), list[dict[str, Any]](), b""
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        pipes = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for pair in (os.pipe(), os.pipe()) for fd in pair]
-        theirs_in, self._out, self._in, theirs_out = pipes
+        low = [*os.pipe(), *os.pipe()]
+        theirs_in, self._out, self._in, theirs_out = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in low)
+        for fd in low:
+            os.close(fd)
 
         def as_3_and_4() -> None:
             os.dup2(theirs_in, 3)
             os.dup2(theirs_out, 4)
 
         command = [str(CHROMIUM), *_FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
-        self._process = subprocess.Popen(  # noqa: PLW1509  no threads here
-            command, preexec_fn=as_3_and_4, pass_fds=(3, 4), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            command,
+            preexec_fn=as_3_and_4,  # noqa: PLW1509  it only duplicates descriptors
+            pass_fds=(3, 4),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         os.close(theirs_in)
         os.close(theirs_out)

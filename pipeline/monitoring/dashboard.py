@@ -28,7 +28,7 @@ _GROUPS = {
     "memory/": "system/memory_",
 }
 """Beginnings of names in the log → beginnings of tags; names that are in neither are tags as they are."""
-_LINES = {
+_LINES: dict[str, dict[str, tuple[str, ...]]] = {
     "Loss": {
         "training and validation": ("loss/train", "loss/validation"),
         "by timestep": ("train/loss_t.*",),

@@ -40,13 +40,13 @@ def starts(run: RunFacts) -> str:
         )
     else:
         parts.append(paragraph("The run has not been started, or did not record it."))
-    rows = []
+    speeds = []
     for title, curve, unit, scale in _SPEEDS:
         if values := sorted(scale * value for _, value in run.curve(curve)):
             median, least, most = (number(values[k]) for k in (len(values) // 2, 0, -1))
-            rows.append((title, f"{median} {unit}", f"{least} to {most}"))
-    if rows:
-        parts.append(table(("what", "median", "range"), rows, numbers=(1, 2)))
+            speeds.append((title, f"{median} {unit}", f"{least} to {most}"))
+    if speeds:
+        parts.append(table(("what", "median", "range"), speeds, numbers=(1, 2)))
     counts = [f"{name}: {value:.0f}" for name, curve in _COUNTS if (value := run.last(curve)) is not None]
     return "".join(parts) + (paragraph("; ".join(counts).capitalize() + ".") if counts else "")
 
