@@ -16,6 +16,7 @@ from pipeline import messages
 from pipeline.cluster.interrupt import signals_to
 from pipeline.cluster.launch_environment import count, report_exit_code, tell_launcher
 from pipeline.commands import data, help, interchange, models, runs, suggestions, workspace
+from pipeline.commands.report import report
 from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
 
 _INTERRUPTED = 130
@@ -30,8 +31,8 @@ app = typer.Typer(
 )  # fmt: skip
 _COMMANDS: dict[str, Callable[..., None]] = {
     "shard": data.shard, "verify": data.verify, "index": data.index, "train": runs.train, "sample": models.sample,
-    "evaluate": models.evaluate, "export": interchange.export, "import": interchange.import_model, "plan": runs.plan,
-    "doctor": runs.doctor, "show": workspace.show, "runs": workspace.runs, "init": workspace.init,
+    "evaluate": models.evaluate, "report": report, "export": interchange.export, "import": interchange.import_model,
+    "plan": runs.plan, "doctor": runs.doctor, "show": workspace.show, "runs": workspace.runs, "init": workspace.init,
     "help": help.show_help,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():

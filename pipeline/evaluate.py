@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from os.path import abspath
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,8 @@ def evaluate(request: EvaluationRequest, *, quiet: bool = False) -> dict[str, An
 
     Returns:
         `complete`; and, if it is true: `n`, `reference_n`, `features_sha256`, `reference_sha256`, `preprocessing`,
-        `figures` (name → value, low, high) and `notes`. The same is written to `evaluation.json` in the sample set,
+        `figures` (name → value, low, high), `notes` and, if it was asked for, the path of the sheet `nearest`. The same
+        is written to `evaluation.json` in the sample set,
         or in the cache if one is given.
 
     Raises:
@@ -98,6 +100,8 @@ def evaluate(request: EvaluationRequest, *, quiet: bool = False) -> dict[str, An
             return {"complete": False}
         of_samples, of_reference = sets[samples.sha256].read(), sets[reference.sha256].read()
         result = _compare(of_samples, of_reference, samples, reference, extractor)
+        if request.nearest:
+            result["nearest"] = request.nearest if files.is_remote(request.nearest) else abspath(request.nearest)
         # Of several processes the one that ends last comes here, whatever its rank; if more do, they write the same.
         files.write_json(files.join(request.cache or samples.url, RESULT), result)
         if request.nearest:

@@ -218,9 +218,9 @@ def test_curves_of_a_run_get_the_figures_at_the_step_of_its_checkpoint(
     assert ddpm("sample", place, "--seeds", "0-15", "--out", tmp_path / "set", "--quiet").returncode == 0
     result = run(root, samples=tmp_path / "set", against=digits, cache=tmp_path / "cache", log=place)
     events = EventAccumulator(str(place / "tensorboard/evaluation")).Reload()
-    (event,) = events.Scalars("evaluation/frechet_distance")
+    (event,) = events.Scalars("quality/frechet_distance")
     assert event.step == 6 and event.value == pytest.approx(result["figures"]["frechet_distance"]["value"])
-    assert events.Scalars("evaluation/recall/high")[0].value == pytest.approx(result["figures"]["recall"]["high"])
+    assert events.Scalars("quality/recall/high")[0].value == pytest.approx(result["figures"]["recall"]["high"])
 
 
 def test_bits_per_dimension_are_those_of_each_image_and_kept_by_shard(

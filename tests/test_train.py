@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import config_file, train
+from pipeline.cluster import starts
 from pipeline.config import Config
 from pipeline.data.loading.batches import Batch
 from pipeline.errors import Diverged, NoCheckpoint, Stopped
@@ -77,6 +78,8 @@ def test_a_stop_leaves_at_the_next_boundary_what_an_unbroken_run_would_have_ther
     assert committed_step(tmp_path / "stopped") == step + 1
     train.train(configured(digits, tmp_path / "stopped"), quiet=True)
     assert_same(tmp_path / "stopped", unbroken)
+    recorded = [(start["step"], start["before"]) for start in starts.read(str(tmp_path / "stopped"))]
+    assert recorded == [(0, None), (step + 1, "stopped on request: SIGTERM")]
 
 
 def test_a_bad_step_is_told_by_its_own_number_and_samples(

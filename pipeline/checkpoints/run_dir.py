@@ -3,7 +3,7 @@
 RUN/config.yaml  DONE  FAILED.json  log.jsonl  imported.json
     checkpoints/step_00012000/  previews/step_00012000.png  tensorboard/
     ema_snapshots/step_00012000.safetensors  .json
-    control/  lease-000007.json  ranks/00003.json  stop  stopped.json  requeues.jsonl
+    control/  lease-000007.json  ranks/00003.json  starts.jsonl  stop  stopped.json  requeues.jsonl
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class RunDir:
         """Why the last start was stopped on request, and at which step."""
         self.ranks = files.join(self.control, "ranks")
         """The heartbeats of all ranks."""
+        self.starts = files.join(self.control, "starts.jsonl")
+        """When and where the run was started each time, and how the start before ended."""
         self.requeues = files.join(self.control, "requeues.jsonl")
         """The step that each start of a batch job has reached."""
 
@@ -73,9 +75,13 @@ class RunDir:
         """The preview image of a step."""
         return files.join(self.previews, f"{checkpoint_name(step)}.png")
 
+    def preview_steps(self) -> list[int]:
+        """Steps that have a preview image, in ascending order."""
+        return _numbers(self.previews, _PREVIEW)
+
     def newest_preview(self) -> str | None:
         """The preview image of the last step that has one."""
-        steps = _numbers(self.previews, _PREVIEW)
+        steps = self.preview_steps()
         return self.preview(steps[-1]) if steps else None
 
     def heartbeat(self, rank: int) -> str:

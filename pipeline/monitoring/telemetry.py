@@ -13,9 +13,11 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipeline.checkpoints.run_dir import RunDir
 from pipeline.errors import DataError
+from pipeline.monitoring import dashboard
 from pipeline.storage import files
 
 
@@ -36,11 +39,15 @@ class Telemetry(AbstractContextManager["Telemetry"]):
         run_dir: the run.
         step: at which the run resumes; figures that a killed start has recorded after it are hidden.
         warn: gets a line at the first figure or image that cannot be written.
+        config: section → key → JSON value, for the tab HParams; left without an error, the run has ended well there.
     """
 
-    def __init__(self, run_dir: str, step: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, run_dir: str, step: int, warn: Callable[[str], None], config: Mapping[str, Any] | None = None
+    ) -> None:
         self._run, self._warn, self._has_warned = RunDir(run_dir), warn, False
-        self._first, self._events = step + 1, ""
+        self._first, self._last, self._events = step + 1, step, ""
+        self._settings = dashboard.hyperparameters(config or {})
         self._temporary = ExitStack()
         self._local = RunDir(str(files.local(run_dir)))
         if files.is_remote(run_dir):
@@ -48,8 +55,12 @@ class Telemetry(AbstractContextManager["Telemetry"]):
         with self._best_effort():
             self._cut_log(step)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._temporary, self._best_effort():
+            if self._settings and self._events and error is None:
+                self._record(self._last, dashboard.session_end(time.time()))
             self.upload()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -57,7 +68,7 @@ class Telemetry(AbstractContextManager["Telemetry"]):
         with self._best_effort():
             line = json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
             self._append(self._local.log, line.encode())
-            self._record(step, [Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+            self._record(step, _scalars(values))
 
     def preview(self, step: int, grid: NDArray[np.uint8]) -> None:
         """Record a grid of images, uint8 (H, W, C)."""
@@ -66,7 +77,7 @@ class Telemetry(AbstractContextManager["Telemetry"]):
         image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=buffer.getvalue())
         with self._best_effort():
             files.write_bytes(self._run.preview(step), buffer.getvalue())
-            self._record(step, [Summary.Value(tag="preview", image=image)])
+            self._record(step, [Summary.Value(tag=dashboard.PREVIEW, image=image)])
 
     def upload(self) -> None:
         """Upload the files of a remote run; does nothing for a local run. Any thread may call this."""
@@ -83,12 +94,14 @@ class Telemetry(AbstractContextManager["Telemetry"]):
 
         TensorBoard's own writer has a thread that dies with a traceback on a full disk.
         """
-        now = time.time()
+        now, self._last = time.time(), step
         if not self._events:
             name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
             start = Event(wall_time=now, step=self._first, session_log=SessionLog(status=SessionLog.START))
             path = files.join(self._local.tensorboard, name)
-            self._append(path, _framed(Event(wall_time=now, file_version="brain.Event:2"), start))
+            table = dashboard.session_start(self._settings, now) if self._settings else []
+            show = Event(wall_time=now, step=self._first, summary=Summary(value=[dashboard.layout(), *table]))
+            self._append(path, _framed(Event(wall_time=now, file_version="brain.Event:2"), start, show))
             self._events = path
         self._append(self._events, _framed(Event(wall_time=now, step=step, summary=Summary(value=values))))
 
@@ -134,13 +147,17 @@ def record_evaluation(run_dir: str, step: int, curves: dict[str, float]) -> None
         DataError: there is no space left, or no permission.
     """
     now = time.time()
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in curves.items()]
+    values = _scalars(curves)
     name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
     data = _framed(
         Event(wall_time=now, file_version="brain.Event:2"),
         Event(wall_time=now, step=step, summary=Summary(value=values)),
     )
     files.write_bytes(files.join(RunDir(run_dir).evaluation, name), data)
+
+
+def _scalars(values: Mapping[str, float]) -> list[Summary.Value]:
+    return [Summary.Value(tag=dashboard.tag(name), simple_value=value) for name, value in values.items()]
 
 
 def _framed(*events: Event) -> bytes:

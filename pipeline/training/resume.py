@@ -10,7 +10,7 @@ from functools import partial
 import accelerate
 
 from pipeline.checkpoints.run_dir import RunDir
-from pipeline.cluster import failure
+from pipeline.cluster import failure, starts
 from pipeline.cluster.lease import Lease, refuse_if_held
 from pipeline.cluster.world import World
 from pipeline.config import Config
@@ -87,6 +87,7 @@ def open_run(
         point = replace(point, config=start.with_norm_groups(config, norm_groups(config.train.init_from)))
     if not lease:
         return point, schedule
+    starts.record(run_dir, point.step, ranks.size, ranks.device.type)
     start.start_run(point, warn)
     if point.step >= config.train.steps:
         write_done(config, point.step)  # an earlier start was killed between its last save and this

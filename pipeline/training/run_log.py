@@ -58,7 +58,7 @@ class RunLog:
         if world.is_main:
             if resumed and schedule.is_milestone(resumed.step):  # the start that saved it may have been killed
                 keep_forever(resumed)
-            self._telemetry = Telemetry(config.run.dir, state.step, self.warn)
+            self._telemetry = Telemetry(config.run.dir, state.step, self.warn, config.model_dump(mode="json"))
             self._saver = Saver(
                 config.run.dir, keep_last=config.run.keep_last, keep_every=schedule.keep_every,
                 generation=lease.generation, check_lease=lease.check, on_saved=self._telemetry.upload, warn=self.warn,

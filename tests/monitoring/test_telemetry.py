@@ -22,7 +22,7 @@ def no_line_expected(line: str) -> None:
     raise AssertionError(line)
 
 
-def curve(run: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
+def curve(run: Path, tag: str = "loss/train") -> list[tuple[int, float]]:
     reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     reader.Reload()
     return [(event.step, event.value) for event in reader.Scalars(tag)]

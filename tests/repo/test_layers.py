@@ -23,7 +23,7 @@ MODULES = {
 }
 FRONT = {"cli", "commands", "notebook"}
 JOBS = {"shard", "train", "sample", "verify", "index", "evaluate", "export", "import_model", "plan", "doctor",
-        "show", "runs", "init"}  # fmt: skip
+        "report", "show", "runs", "init"}  # fmt: skip
 BOTTOM = {"errors", "restricted_unpickler", "untrusted", "units", "keyed_random", "solvers"}
 DATA = {"data.images", "data.sources", "data.shards", "data.loading"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitoring": BOTTOM | {"checkpoints", "cluster", "messages", "storage"},
     "sampling": BOTTOM | DATA | {"checkpoints", "config", "config_file", "diffusion", "messages", "model", "storage"},
     "evaluation": BOTTOM | DATA | {"diffusion", "storage"},
+    "reporting": BOTTOM | DATA | {"checkpoints", "cluster", "config", "config_file", "storage"},
     "training": BOTTOM
     | DATA
     | {
@@ -92,6 +93,8 @@ PURE = {
     "pipeline.data.sources.urls",
     "pipeline.data.shards.seeds",
     "pipeline.data.shards.summary",
+    "pipeline.monitoring.dashboard",
+    "pipeline.reporting.curves",
     "pipeline.training.learning_rate",
     "pipeline.training.continuity",
     "pipeline.evaluation.moments",
