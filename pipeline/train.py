@@ -134,7 +134,7 @@ def forecast(config: Config, *, overrides: Collection[str] = ()) -> Forecast | N
         point, _ = ranks.on_rank0(lambda: resume.open_run(config, sets, overrides, ranks, stack, None, info, warn))
         measured = None
         if point.step < point.config.train.steps:
-            trainer = _make_trainer(point.config, ranks, point)
+            trainer, _ = _make_trainer(point.config, ranks, point)
             shards, *held_out = (fit_classes(data, point.classes) for data in sets)
             batches = stack.enter_context(_open_batches(trainer, shards))
             if config.run.evaluate_every and not is_to_be_fetched(config.run.evaluate_features):
