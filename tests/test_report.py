@@ -212,6 +212,7 @@ def test_what_is_missing_is_said_in_words(tmp_path: Path) -> None:
         ("control/stopped.json", {"reason": "SIGTERM", "step": 7}, ("Not finished, stopped on request: SIGTERM;",)),
         ("control/lease-000002.json", {"host": "n9", "pid": 5}, ("held by process 5 on n9", "started 2 times")),
         ("FAILED.json", ["damaged"], ("Not finished;",)),
+        ("control/stopped.json", ["damaged"], ("Not finished;",)),
         ("control/starts.jsonl", {"time": "damaged"}, ("The run has not been started",)),
     ],
 )  # fmt: skip

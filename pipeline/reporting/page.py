@@ -23,7 +23,7 @@ from pipeline.reporting.run_facts import RunFacts, as_time
 _MEANINGS = {
     "frechet_distance": "distance of the features' normal distributions at this number of samples; lower is better",
     "frechet_distance_infinity": "the same, extrapolated to infinitely many samples; lower is better",
-    "kernel_distance": "squared maximum mean discrepancy of the features (KID); lower is better, about 0 is no difference",
+    "kernel_distance": "squared maximum mean discrepancy of the features; lower is better, 0 is no difference",
     "precision": "share of samples that lie among the training images; higher is better",
     "recall": "share of training images that lie among the samples; higher is better",
     "density": "how densely training images surround the samples; about 1 is good",
