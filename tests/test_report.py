@@ -101,7 +101,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "notes": [HOSTILE[0]],
     }  # fmt: skip
     (samples / "evaluation.json").write_text(json.dumps(evaluation))
-    log = [{"step": step, "time": 1000.0 + step, **WHOLE, "train/loss": 100 / step} for step in range(100, 1000, 100)]
+    hostile = {f"train/loss_t{HOSTILE[0]}": 0.7}
+    log = [
+        {"step": step, "time": 1000.0 + step, **WHOLE, **hostile, "train/loss": 100 / step}
+        for step in range(100, 1000, 100)
+    ]
     run = make_run(root / "run <b>", log, 9, shards=str(root / "data"))
     (run / "control").mkdir()
     (run / "FAILED.json").write_text(json.dumps({"error": HOSTILE[0], "rank": 1, "host": "n2", "step": 400}))
@@ -153,12 +157,11 @@ def test_the_slider_shows_the_preview_of_each_step(browser: Browser, whole: Path
 
 def test_the_pointer_reads_a_curve(browser: Browser, whole: Path) -> None:
     browser.open((whole / "report.html").as_uri())
-    left, top, width, height = browser.run(
-        "(b => [b.left, b.top, b.width, b.height])(document.querySelector('svg').getBoundingClientRect())"
+    place = (50 + 0.5 * (400 - 50 - 14)) / 400  # the middle of the axis: step 500
+    browser.run(
+        "(svg => { const box = svg.getBoundingClientRect(); svg.dispatchEvent(new PointerEvent('pointermove', "
+        f"{{clientX: box.left + {place} * box.width, clientY: box.top + 50}})) }})(document.querySelector('svg'))"
     )
-    place = width / 400 * (50 + 0.5 * (400 - 50 - 14))  # the middle of the axis: step 500
-    browser("Input.dispatchMouseEvent", type="mouseMoved", x=left + place, y=top + height / 2)
-    browser.until("document.querySelector('output').textContent != ''", 10)
     assert browser.run("document.querySelector('output').textContent") == "step 500: training 0.2, validation 0.4"
 
 
@@ -212,6 +215,7 @@ def test_what_is_missing_is_said_in_words(tmp_path: Path) -> None:
         ("control/stopped.json", {"reason": "SIGTERM", "step": 7}, ("Not finished, stopped on request: SIGTERM;",)),
         ("control/lease-000002.json", {"host": "n9", "pid": 5}, ("held by process 5 on n9", "started 2 times")),
         ("FAILED.json", ["damaged"], ("Not finished;",)),
+        ("control/stopped.json", ["damaged"], ("Not finished;",)),
         ("control/starts.jsonl", {"time": "damaged"}, ("The run has not been started",)),
     ],
 )  # fmt: skip

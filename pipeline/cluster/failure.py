@@ -57,7 +57,7 @@ def record_stall(run_dir: str, heartbeat: Heartbeat, diagnosis: str) -> None:
 
 def read(run_dir: str) -> dict[str, Any] | None:
     """The failure that ended the last start of a run; None if there is none."""
-    with suppress(FileNotFoundError, DataError, OSError):
+    with suppress(FileNotFoundError, DataError, OSError, TypeError, ValueError):  # it may be damaged
         return dict(files.read_json(RunDir(run_dir).failed))
     return None
 

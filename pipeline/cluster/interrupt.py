@@ -120,7 +120,7 @@ class Interrupt:
 
 def stop_reason(run_dir: str) -> str | None:
     """Why the last start of a run was stopped on request, one of REASONS; None if it was not."""
-    with suppress(FileNotFoundError, DataError):
+    with suppress(FileNotFoundError, DataError, TypeError, ValueError):  # it may be damaged
         return dict(files.read_json(RunDir(run_dir).stopped)).get("reason")
     return None
 

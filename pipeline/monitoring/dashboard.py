@@ -35,7 +35,9 @@ _LINES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Quality": {
         "Fréchet distance at this number of samples": ("quality/frechet_distance",),
-        "shares": ("quality/(precision|recall|density|coverage|memorised_share)",),
+        "precision, recall, density, coverage (ddpm evaluate --log)": (
+            "quality/(precision|recall|density|coverage|memorised_share)",
+        ),
     },
     "Speed": {
         "images per second": ("speed/images_per_s",),

@@ -15,7 +15,7 @@ Points = Sequence[tuple[float, float]]
 """(step, value), finite, in ascending order of the step."""
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 10, 28
-_DECADES = 20
+_LINEAR = 8
 """Largest ratio of values that is drawn on a linear axis."""
 
 
@@ -28,6 +28,8 @@ class Chart:
     """Name → points."""
     bands: Mapping[str, tuple[Points, Points]]
     """Name of a line → its lower and upper ends."""
+    may_be_log: bool = False
+    """Whether the vertical axis is logarithmic if the values span much."""
 
 
 def thinned(points: Points, most: int = MOST) -> list[tuple[float, float]]:
@@ -40,12 +42,12 @@ def thinned(points: Points, most: int = MOST) -> list[tuple[float, float]]:
 
 
 class _Axes:
-    """From values to places in the picture; the vertical axis is logarithmic if the values span much."""
+    """From values to places in the picture."""
 
-    def __init__(self, points: Points) -> None:
+    def __init__(self, points: Points, may_be_log: bool) -> None:
         xs, ys = [x for x, _ in points], [y for _, y in points]
         self.left, self.right = min(xs), max(xs)
-        self.is_log = min(ys) > 0 and max(ys) / min(ys) > _DECADES
+        self.is_log = may_be_log and min(ys) > 0 and max(ys) / min(ys) > _LINEAR
         low, high = (math.log10(min(ys)), math.log10(max(ys))) if self.is_log else (min(ys), max(ys))
         margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
         self.low, self.high = low - margin, high + margin
@@ -76,7 +78,8 @@ def svg(chart: Chart) -> str:
     """The chart as an SVG element; classes `l0`, `l1`, … give the colours of the lines."""
     lines = {name: thinned(points) for name, points in chart.lines.items() if points}
     bands = {name: tuple(map(thinned, ends)) for name, ends in chart.bands.items() if name in lines}
-    axes = _Axes([*(p for line in lines.values() for p in line), *(p for b in bands.values() for e in b for p in e)])
+    ends = (point for band in bands.values() for end in band for point in end)
+    axes = _Axes([*(point for line in lines.values() for point in line), *ends], chart.may_be_log)
     parts = [*_grid(axes)]
     for i, (name, points) in enumerate(lines.items()):
         if name in bands:
@@ -96,7 +99,7 @@ def svg(chart: Chart) -> str:
 def data(chart: Chart) -> dict[str, Any]:
     """The points of a chart as JSON values, for the line of text under it that follows the pointer."""
     lines = {name: thinned(points) for name, points in chart.lines.items() if points}
-    axes = _Axes([point for line in lines.values() for point in line])
+    axes = _Axes([point for line in lines.values() for point in line], chart.may_be_log)
     rounded = {name: [[round(x), float(f"{y:.5g}")] for x, y in line] for name, line in lines.items()}
     ends = {"first": axes.left, "last": axes.right, "from": axes.x(axes.left), "to": axes.x(axes.right)}
     return ends | {"lines": rounded}
@@ -115,7 +118,7 @@ def _grid(axes: _Axes) -> Iterator[str]:
         y = axes.y(value)
         yield f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
         yield f'<text x="{_LEFT - 5}" y="{y + 4}" text-anchor="end">{number(value)}</text>'
-    for step in _round_values(axes.left, axes.right, 4):
+    for step in _round_values(axes.left, axes.right, 6):
         yield f'<text x="{axes.x(step)}" y="{_HEIGHT - 10}" text-anchor="middle">{number(step)}</text>'
 
 

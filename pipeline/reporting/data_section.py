@@ -58,7 +58,7 @@ def _rejected(facts: DataFacts) -> str:
     if not facts.rejected:
         return paragraph("No input was rejected.")
     rows = [
-        (reason, f"{count:,}", facts.meaning(reason), ", ".join(facts.examples.get(reason, ())))
+        ((reason, facts.meaning(reason)), f"{count:,}", ", ".join(facts.examples.get(reason, ())))
         for reason, count in facts.rejected.items()
     ]
-    return paragraph("Inputs that were rejected:") + table(("reason", "inputs", "meaning", "such as"), rows, (1,))
+    return paragraph("Inputs that were rejected:") + table(("reason", "inputs", "such as"), rows, (1,))

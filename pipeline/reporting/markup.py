@@ -26,10 +26,12 @@ def section(title: str, body: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> str:
-    """A table; the columns of `numbers` are aligned at the right."""
+    """A table; the columns of `numbers` are aligned at the right. A cell that is a pair has small text under it."""
 
     def cell(kind: str, i: int, value: object) -> str:
-        return f"<{kind}{' class=n' if i in numbers else ''}>{text(value)}</{kind}>"
+        shown, under = value if isinstance(value, tuple) else (value, "")
+        small = f"<small>{text(under)}</small>" if under else ""
+        return f"<{kind}{' class=n' if i in numbers else ''}>{text(shown)}{small}</{kind}>"
 
     lines = [("th", head), *(("td", row) for row in rows)]
     body = "".join(f"<tr>{''.join(cell(kind, i, value) for i, value in enumerate(row))}</tr>" for kind, row in lines)

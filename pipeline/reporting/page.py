@@ -23,7 +23,7 @@ from pipeline.reporting.run_facts import RunFacts, as_time
 _MEANINGS = {
     "frechet_distance": "distance of the features' normal distributions at this number of samples; lower is better",
     "frechet_distance_infinity": "the same, extrapolated to infinitely many samples; lower is better",
-    "kernel_distance": "squared maximum mean discrepancy of the features (KID); lower is better, 0 is no difference",
+    "kernel_distance": "squared maximum mean discrepancy of the features; lower is better, 0 is no difference",
     "precision": "share of samples that lie among the training images; higher is better",
     "recall": "share of training images that lie among the samples; higher is better",
     "density": "how densely training images surround the samples; about 1 is good",
@@ -145,7 +145,7 @@ def _charts(run: RunFacts) -> list[Chart]:
         ends = (run.curve(f"{infinity}/low"), run.curve(f"{infinity}/high"))
         bands = {"at infinity": ends} if "at infinity" in lines and all(ends) else {}
         if lines:
-            charts.append(Chart(title, lines, bands))
+            charts.append(Chart(title, lines, bands, may_be_log=title.startswith(("Loss", "Norm"))))
     return charts
 
 
@@ -204,7 +204,7 @@ def _samples(samples: SampleFacts | None) -> str:
         return paragraph("No sample set was given to the report (--samples).")
     sheets = "".join(map(_captioned, samples.sheets))
     if samples.nearest:
-        near = f"<h3>Nearest training images</h3>{_captioned(samples.nearest)}"
+        near = f"<h3>Nearest training images</h3><div class=narrow>{_captioned(samples.nearest)}</div>"
     else:
         near = paragraph(
             "Nearest training images are not shown: `ddpm evaluate` was run without --nearest, or its sheet is gone."
@@ -238,7 +238,7 @@ def _figures(content: Content) -> str:
         )
     evaluation = (content.samples and content.samples.evaluation) or {}
     rows = [
-        (name.replace("_", " "), _number(figure.get("value")), _interval(figure), _MEANINGS.get(name, ""))
+        ((name.replace("_", " "), _MEANINGS.get(name, "")), _number(figure.get("value")), _interval(figure))
         for name, figure in figures.items()
     ]
     remarks = []
@@ -251,7 +251,7 @@ def _figures(content: Content) -> str:
         remarks.append(f"By run.evaluate_every, at step {curve[-1][0]:,}, of {curve[-1][1]:.0f} samples.")
     remarks.append("The interval of the Fréchet distance is that of the distance at infinity.")
     remarks.append("Figures of other feature networks or of other numbers of samples are not comparable.")
-    rows_of_figures = table(("figure", "value", "95 % interval", "what it is"), rows, numbers=(1, 2))
+    rows_of_figures = table(("figure", "value", "95 % interval"), rows, numbers=(1, 2))
     return f'{rows_of_figures}<p class="quiet">{text(" ".join(remarks))}</p>'
 
 

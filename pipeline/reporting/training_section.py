@@ -30,10 +30,10 @@ def starts(run: RunFacts) -> str:
     if run.starts:
         ended = [start.get("before") or "without a word: killed, or its machine went down" for start in run.starts[1:]]
         rows = [
-            (as_time(start["time"]), start.get("step"), _where(start), end)
+            ((as_time(start["time"]), _where(start)), start.get("step"), end)
             for start, end in zip(run.starts, [*ended, run.state])
         ]
-        parts.append(table(("started", "at step", "on", "how it ended"), rows, numbers=(1,)))
+        parts.append(table(("started", "at step", "how it ended"), rows, numbers=(1,)))
     elif run.leases:
         parts.append(
             paragraph(f"The run was started {run.leases} times; this version of it did not record when and why.")

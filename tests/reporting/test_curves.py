@@ -27,7 +27,7 @@ def test_a_long_curve_becomes_means_of_equally_many_neighbours(count: int) -> No
 )
 def test_every_point_lies_within_the_picture(values: list[float]) -> None:
     line = [(float(step), value) for step, value in enumerate(values)]
-    drawn = svg(Chart("x", {"a": line}, {"a": (line, line)}))
+    drawn = svg(Chart("x", {"a": line}, {"a": (line, line)}, may_be_log=True))
     places = [
         tuple(map(float, pair.split(","))) for text in re.findall(r'points="([^"]*)"', drawn) for pair in text.split()
     ]
@@ -38,7 +38,7 @@ def test_every_point_lies_within_the_picture(values: list[float]) -> None:
 
 def test_higher_is_drawn_higher_on_both_kinds_of_axis() -> None:
     for values in ([1.0, 2.0, 3.0], [0.001, 0.1, 10.0]):
-        drawn = svg(Chart("x", {"a": list(enumerate(values))}, {}))
+        drawn = svg(Chart("x", {"a": list(enumerate(values))}, {}, may_be_log=True))
         heights = [float(y) for y in re.findall(r'cy="([^"]+)"', drawn)]
         assert heights == sorted(heights, reverse=True) and len(set(heights)) == 3
         assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)  # evenly, also as logarithms
