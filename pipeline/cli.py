@@ -14,12 +14,14 @@ from typer.main import get_command
 
 from pipeline import messages
 from pipeline.cluster.interrupt import signals_to
-from pipeline.cluster.launch_environment import count, report_exit_code, tell_launcher
+from pipeline.cluster.launch_environment import count, is_first_of_node, report_exit_code, tell_launcher
 from pipeline.commands import data, help, interchange, models, runs, suggestions, workspace
 from pipeline.commands.report import report
-from pipeline.errors import ConfigError, DataError, PipelineError, Stopped
+from pipeline.errors import ConfigError, DataError, NoCheckpoint, PipelineError, Stopped
 
 _INTERRUPTED = 130
+_SHARED = (ConfigError.exit_code, NoCheckpoint.exit_code, Stopped.exit_code)
+"""Exit codes of errors that all processes of a job have alike."""
 _HEAD_START_S = 2.0
 """Time for another process of the job to write the message that both have."""
 
@@ -43,15 +45,13 @@ def main(words: list[str] | None = None) -> NoReturn:
     """Run the command and exit with its exit code."""
     messages.prepare_streams()
     words = (sys.argv[1:] if words is None else words) or ["--help"]
+    is_later = not is_first_of_node()  # the first one writes what each of them would
     with signals_to(_exit_on_signal):  # until a job handles stop requests itself, nothing needs to be finished first
         try:
             code = app(words, prog_name="ddpm", standalone_mode=False)  # an exit code where the parser ends it
         except PipelineError as error:
-            if error.is_told_elsewhere or (isinstance(error, ConfigError | Stopped) and count("LOCAL_RANK", 0)):
-                report_exit_code(error.exit_code)
-                time.sleep(_HEAD_START_S)  # the launcher ends all processes when the first one has ended
-                sys.exit(error.exit_code)
-            _exit(str(error), error.exit_code)
+            is_shared = error.exit_code in _SHARED and is_later
+            _exit(str(error), error.exit_code, told_elsewhere=is_shared or error.is_told_elsewhere)
         except typer.Abort as error:  # typer raises it for an EOFError
             _exit(f"a file ends too early ({error.__cause__}): copy or make it again", DataError.exit_code)
         except Exception as error:
@@ -59,20 +59,27 @@ def main(words: list[str] | None = None) -> NoReturn:
                 _exit(f"the help cannot be written: {error.strerror}", DataError.exit_code)
             if not hasattr(error, "format_message"):  # not an error of the parser but a bug: show the traceback
                 raise
-            _exit(suggestions.explain(error, words, get_command(app)), 2)
-    if code == _INTERRUPTED:
+            _exit(suggestions.explain(error, words, get_command(app)), 2, told_elsewhere=is_later)
+    if code == _INTERRUPTED and not is_later:
         _exit("interrupted: finished parts stay, the same command continues from there", _INTERRUPTED)
     sys.exit(code or 0)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    if not is_first_of_node():
+        report_exit_code(Stopped.exit_code)
+        sys.exit(Stopped.exit_code)
     _exit(f"stopped by {signal.Signals(number).name}: the same command continues from there", Stopped.exit_code)
 
 
-def _exit(message: str, code: int) -> NoReturn:
+def _exit(message: str, code: int, *, told_elsewhere: bool = False) -> NoReturn:
+    """Exit with a message, unless another process of the job writes it."""
+    report_exit_code(code)
+    if told_elsewhere:
+        time.sleep(_HEAD_START_S)  # the launcher ends all processes when the first one has ended
+        sys.exit(code)
     rank = count("RANK", 0)
     for line in message.splitlines():
         messages.error(f"ddpm{f' (rank {rank})' if rank else ''}: {line}")
     tell_launcher(message)
-    report_exit_code(code)
     sys.exit(code)

@@ -184,12 +184,17 @@ def test_what_every_process_would_say_is_said_by_the_first_of_a_node(
     monkeypatch.setattr("pipeline.verify.verify", refuse)
     monkeypatch.setattr("pipeline.cli._HEAD_START_S", 0.01)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job of the launcher")
     monkeypatch.setenv(place, "1")
     with pytest.raises(SystemExit) as left:
         main(["verify", "x"])
     assert left.value.code == error.exit_code and bool(capfd.readouterr().err) != silent
+    with pytest.raises(SystemExit):
+        main(["verify", "--wrong"])
+    assert bool(capfd.readouterr().err) == (place == "RANK")
     failure = ProcessFailure(0, 1, error.exit_code, str(tmp_path / "error.json"))  # as the launcher reads the file
-    assert (str(error) in ChildFailedError("train", {0: failure}).format_msg()) != silent
+    last = "No such option: --wrong" if place == "RANK" else str(error)
+    assert (last in ChildFailedError("train", {0: failure}).format_msg()) != silent
 
 
 def test_a_run_with_other_settings_is_refused_with_the_difference(

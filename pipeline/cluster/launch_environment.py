@@ -147,6 +147,11 @@ def clear_settings() -> None:
     _unset(*(name for name in settings if name not in _KEEP or not is_on(name)))
 
 
+def is_first_of_node() -> bool:
+    """Whether this is the first process of its node, or no process of a launcher."""
+    return not os.environ.get("TORCHELASTIC_RUN_ID") or count("LOCAL_RANK", 0) == 0
+
+
 def tell_launcher(message: str) -> None:
     """Write an error where the launcher looks for it: it ends its own report with it.
 
