@@ -213,7 +213,7 @@ def test_what_is_missing_is_said_in_words(tmp_path: Path) -> None:
         ("imported.json", {"source": "x"}, ("Imported: the weights come from", "what its network was trained")),
         ("FAILED.json", {"rank": 3, "host": "n2", "error": "shard 7 is gone"}, ("rank 3 on n2", "shard 7 is gone")),
         ("control/stopped.json", {"reason": "SIGTERM", "step": 7}, ("Not finished, stopped on request: SIGTERM;",)),
-        ("control/lease-000002.json", {"host": "n9", "pid": 5}, ("held by process 5 on n9", "started 2 times")),
+        ("control/lease-000002.json", {"host": "n9", "pid": 5}, ("held by process 5 on n9", "trained this run: 2;")),
         ("FAILED.json", ["damaged"], ("Not finished;",)),
         ("control/stopped.json", ["damaged"], ("Not finished;",)),
         ("control/starts.jsonl", {"time": "damaged"}, ("The run has not been started",)),

@@ -238,7 +238,11 @@ def _figures(content: Content) -> str:
         )
     evaluation = (content.samples and content.samples.evaluation) or {}
     rows = [
-        ((name.replace("_", " "), _MEANINGS.get(name, "")), _number(figure.get("value")), _interval(figure))
+        (
+            (name.replace("_", " ").replace("frechet", "Fréchet"), _MEANINGS.get(name, "")),
+            _number(figure.get("value")),
+            _interval(figure),
+        )
         for name, figure in figures.items()
     ]
     remarks = []

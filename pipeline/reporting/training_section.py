@@ -36,7 +36,7 @@ def starts(run: RunFacts) -> str:
         parts.append(table(("started", "at step", "how it ended"), rows, numbers=(1,)))
     elif run.leases:
         parts.append(
-            paragraph(f"The run was started {run.leases} times; this version of it did not record when and why.")
+            paragraph(f"Jobs that have trained this run: {run.leases}; their version did not record when and why.")
         )
     else:
         parts.append(paragraph("The run has not been started, or did not record it."))
@@ -44,9 +44,9 @@ def starts(run: RunFacts) -> str:
     for title, curve, unit, scale in _SPEEDS:
         if values := sorted(scale * value for _, value in run.curve(curve)):
             median, least, most = (number(values[k]) for k in (len(values) // 2, 0, -1))
-            speeds.append((title, f"{median} {unit}", f"{least} to {most}"))
+            speeds.append((title, (f"{median} {unit}", f"{least} to {most}")))
     if speeds:
-        parts.append(table(("what", "median", "range"), speeds, numbers=(1, 2)))
+        parts.append(table(("what", "median, and range"), speeds, numbers=(1,)))
     counts = [f"{name}: {value:.0f}" for name, curve in _COUNTS if (value := run.last(curve)) is not None]
     return "".join(parts) + (paragraph("; ".join(counts).capitalize() + ".") if counts else "")
 
