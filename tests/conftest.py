@@ -24,7 +24,8 @@ LONG = (
     "diffusion/test_sampler_truth.py", "training/test_memory_estimate.py", "data/loading", "test_index.py",
     "test_doctor.py", "data/shards/test_damage.py", "processes/test_pool.py", "training/test_start.py",
     "model/test_unet.py", "cluster", "test_evaluate.py", "sampling/test_ema_length.py", "test_export.py",
-    "test_sample.py", "training/test_evaluator.py", "data/sources/test_parquet.py",
+    "test_sample.py", "training/test_evaluator.py", "data/sources/test_parquet.py", "test_forecast.py",
+    "repo/test_wheel.py",
 )  # fmt: skip
 """Files and directories with the longest tests, longest first; the files of slurm, which share a cluster, lie apart."""
 
