@@ -33,6 +33,7 @@ from pipeline.model.torch_file import TorchFile
 from pipeline.sampling import pretrained
 from pipeline.sampling.pretrained import Pretrained
 from pipeline.storage import files
+from pipeline.untrusted import printable
 
 _NAMES: dict[Kind, str] = {"w86763777": "w86763777/pytorch-ddpm", "openai": "OpenAI's improved- or guided-diffusion"}
 _OPENAI_ONLY = ("num_heads", "head_channels", "attention_order", "rescale_timesteps")
@@ -127,7 +128,9 @@ def _from_file(source: str, settings: ImportSettings) -> _Made:
         parts = _parts(content)
         kind = foreign_weights.kind_of(parts[0]) if parts else None
         if kind is None:
-            held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+            held = type(content).__name__
+            if isinstance(content, dict):
+                held = ", ".join(printable(str(name), 100) for name in list(content)[:5])
             raise ConfigError(
                 f"{source} is of no project known here (it holds {held}): give weights of w86763777/pytorch-ddpm or of "
                 "OpenAI's improved- or guided-diffusion (model… or ema….pt, not opt….pt), or a diffusers directory"
@@ -222,7 +225,7 @@ def _renamed(
 ) -> dict[str, Tensor]:
     try:
         return interchange.null_row_added(network.convert(weights), section)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
         raise DataError(
             f"{source}: unknown weights ({error}): they are not of the network that it seems to be"
         ) from None

@@ -25,6 +25,7 @@ _ALLOWED_CODES = frozenset(
     )
 )  # fmt: skip
 """Pickle's codes for lists, text, numbers, and the calls and references that make arrays and tensors."""
+_KEY_BITS = 64
 
 
 class PickledStub:
@@ -51,7 +52,8 @@ class PickledDict(dict[Any, Any]):
 class _Unpickler(pickle._Unpickler):
     """Python's unpickler with few codes; the one in C allocates as much memory as a pickle claims to need.
 
-    Keys of dicts must be texts or numbers, as hashing nested tuples can take for ever.
+    Keys of dicts must be texts or numbers of some digits, as hashing nested tuples can take for ever, and writing a
+    number of a million digits fails.
     """
 
     stack: list[Any]
@@ -71,11 +73,22 @@ class _Unpickler(pickle._Unpickler):
 
 def _with_plain_keys(load: Callable[[Any], None], keys: slice) -> Callable[[_Unpickler], None]:
     def checked(unpickler: _Unpickler) -> None:
-        if not all(isinstance(key, str | bytes | int) for key in unpickler.stack[keys]):
+        if not all(map(_is_plain, unpickler.stack[keys])):
             raise pickle.UnpicklingError("a key that is neither text nor a number")
         load(unpickler)
 
     return checked
+
+
+def _is_plain(key: Any) -> bool:
+    return isinstance(key, str | bytes) or (isinstance(key, int) and key.bit_length() <= _KEY_BITS)
+
+
+def _build(unpickler: _Unpickler) -> None:
+    """Pickle's BUILD, which else sets attributes also of functions among the names."""
+    if not isinstance(unpickler.stack[-2], PickledStub | PickledDict):
+        raise pickle.UnpicklingError("it sets attributes of something that is no object")
+    _LOADS[pickle.BUILD[0]](unpickler)
 
 
 _LOADS: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
@@ -83,6 +96,7 @@ _Unpickler.dispatch = {code: load for code, load in _LOADS.items() if bytes([cod
     pickle.SETITEM[0]: _with_plain_keys(_LOADS[pickle.SETITEM[0]], slice(-2, -1)),
     pickle.SETITEMS[0]: _with_plain_keys(_LOADS[pickle.SETITEMS[0]], slice(0, None, 2)),
     pickle.DICT[0]: _with_plain_keys(_LOADS[pickle.DICT[0]], slice(0, None, 2)),
+    pickle.BUILD[0]: _build,
 }
 
 

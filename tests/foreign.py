@@ -204,8 +204,7 @@ def w86763777(  # noqa: C901
             for part in ("proj_q", "proj_k", "proj_v", "proj"):
                 make.layer(f"{name}.attn.{part}", after, after, 1, 1)
 
-    waves = _waves(torch.arange(timesteps), base, "sin, cos")
-    make.weights["time_embedding.timembedding.0.weight"] = waves.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+    make.weights["time_embedding.timembedding.0.weight"] = table(timesteps, base)
     make.layer("time_embedding.timembedding.1", features, base)
     make.layer("time_embedding.timembedding.3", features, features)
     make.layer("head", base, 3, 3, 3)
@@ -234,6 +233,11 @@ def w86763777(  # noqa: C901
     make.norm("tail.0", width)
     make.layer("tail.2", 3, width, 3, 3)
     return make.weights
+
+
+def table(timesteps: int, features: int) -> Tensor:
+    """Its embeddings of timesteps: sin, cos, sin, cos, …"""
+    return _waves(torch.arange(timesteps), features, "sin, cos").unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
 
 
 def w86763777_output(w: Weights, x: Tensor, t: Tensor) -> Tensor:

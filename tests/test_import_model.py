@@ -128,6 +128,7 @@ BROKEN: dict[str, tuple[Any, ImportSettings, type[Exception], str]] = {
     "no heads": (WHOLE, ImportSettings(size=(8, 8)), ConfigError, "--num-heads, --head-channels: the weights"),
     "both heads": (WHOLE, ImportSettings((8, 8), 4, 4), ConfigError, "give one of both"),
     "five heads": (WHOLE, ImportSettings((8, 8), 5), ConfigError, "--num-heads 5 does not divide the 64"),
+    "a wide head": (WHOLE, ImportSettings((8, 8), head_channels=128), ConfigError, "--head-channels 128 does not"),
     "rescaled?": (WHOLE, ImportSettings((8, 8), 4, timesteps=4000), ConfigError, "--rescale-timesteps: the"),
     "odd size": (WHOLE, ImportSettings((9, 9), 4), ConfigError, "cannot be halved 1 times"),
     "variance": (

@@ -99,7 +99,7 @@ def network(kind: Kind, weights: Mapping[str, Tensor], told: Told, url: str) -> 
     """
     try:
         return _w86763777(weights) if kind == "w86763777" else _openai(weights, told)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise DataError(
             f"{url}: not the weights of a whole network ({printable(' '.join(str(error).split()), 200)}): copy it again"
         ) from None
@@ -109,7 +109,7 @@ def network(kind: Kind, weights: Mapping[str, Tensor], told: Told, url: str) -> 
 
 def timesteps(weights: Mapping[str, Tensor]) -> int | None:
     """T of a network of w86763777, which has a row for each in its table; None for one of OpenAI."""
-    return len(weights[_TABLE]) if _TABLE in weights else None
+    return weights[_TABLE].shape[0] if _TABLE in weights and weights[_TABLE].ndim else None
 
 
 def _w86763777(weights: Mapping[str, Tensor]) -> Network:
@@ -137,10 +137,8 @@ def _w86763777(weights: Mapping[str, Tensor]) -> Network:
 
     def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         renamed = _renamed(weights, modules, ignored=(_TABLE,))
-        half = base // 2  # their embedding is sin, cos, sin, cos, …, ours has all sines first
-        first = renamed["time_mlp.0.weight"]
+        first = renamed["time_mlp.0.weight"]  # their embedding is sin, cos, sin, cos, …, ours has all sines first
         renamed["time_mlp.0.weight"] = torch.cat((first[:, 0::2], first[:, 1::2]), dim=1)
-        assert first.shape[1] == 2 * half
         for name in [name for name in renamed if ".q." in name]:
             parts = [renamed.pop(name.replace(".q.", part)) for part in (".q.", ".k.", ".v.")]
             renamed[name.replace(".q.", ".qkv.")] = torch.cat(parts)
@@ -234,7 +232,7 @@ def _by_head_last(rows: Tensor, told: Told) -> Tensor:
     """Rows of a projection to [head][query, key, value] → [query, key, value][head]."""
     width = len(rows) // 3
     heads = told.num_heads or width // (told.head_channels or width)
-    if width % heads or (told.head_channels and width % told.head_channels):
+    if not heads or width % heads or (told.head_channels and width % told.head_channels):
         flag = f"--num-heads {told.num_heads}" if told.num_heads else f"--head-channels {told.head_channels}"
         raise ConfigError(
             f"{flag} does not divide the {width} channels of its attention: give what it was trained with"

@@ -8,6 +8,7 @@ versions of torch; here every size is checked, and only the tensors that are ask
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.restricted_unpickler import PickledDict, PickledStub, unpickled
 from pipeline.storage import files
-from pipeline.untrusted import error_text, printable
+from pipeline.untrusted import MAX_COUNT, error_text, printable
 
 _MAX_PICKLE = 1 << 24
 _MAX_DIMENSIONS = 8
@@ -64,6 +65,7 @@ class TorchFile(AbstractContextManager["TorchFile"]):
         try:
             self._left = _READS * files.size(url)
             self._archive, self._prefix = self._opened()
+            self._check_byte_order()
             self.content = self._content()
         except BaseException:
             self._file.close()
@@ -86,12 +88,14 @@ class TorchFile(AbstractContextManager["TorchFile"]):
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
             if len(pickles) != 1:
                 raise ValueError("it has no data.pkl")
-            prefix = pickles[0].removesuffix("data.pkl")
-            if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
-                raise ValueError("its byte order is not little-endian")
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError, struct.error) as error:
             raise self._damage(error) from None
-        return archive, prefix
+        return archive, pickles[0].removesuffix("data.pkl")
+
+    def _check_byte_order(self) -> None:
+        name = "byteorder"
+        if self._prefix + name in self._archive.NameToInfo and self._record(name, len(b"little")) != b"little":
+            raise DataError(f"{self._url}: its byte order is not little-endian: save it on another machine")
 
     def _damage(self, error: Exception) -> DataError:
         self._file.seek(0)
@@ -126,6 +130,7 @@ class TorchFile(AbstractContextManager["TorchFile"]):
             EOFError,
             NotImplementedError,
             RuntimeError,
+            struct.error,
             zipfile.BadZipFile,
         ) as error:
             raise DataError(f"{self._url} is damaged or cut short ({error_text(error)}): copy it again") from None
@@ -135,9 +140,10 @@ class TorchFile(AbstractContextManager["TorchFile"]):
             case PickledStub(arguments=(_Storage(key, dtype), int(offset), tuple(shape), tuple(strides), *_)):
                 sizes = (offset, *shape, *strides)
                 if (
-                    all(type(size) is int and size >= 0 for size in sizes)
+                    all(type(size) is int and 0 <= size <= MAX_COUNT for size in sizes)
                     and len(shape) == len(strides) <= _MAX_DIMENSIONS
-                    and math.prod(shape) * dtype.itemsize <= self._left
+                    # Also without elements, as torch multiplies the sides.
+                    and math.prod(side or 1 for side in shape) * dtype.itemsize <= self._left
                 ):
                     return self._read(name, key, dtype, offset, shape, strides)
         raise DataError(f"{self._url}: {printable(name, 200)} is no tensor that fits into the file: copy it again")
@@ -161,4 +167,5 @@ def _storage(reference: Any) -> _Storage:
     match reference:
         case ("storage", torch.dtype() as dtype, str(key), *_) if key.isdecimal():
             return _Storage(key, dtype)
-    raise DataError(f"a reference to {printable(repr(reference), 100)}, which is no storage of a tensor")
+    # It is not shown: lists that share lists can be far longer as text than the file is.
+    raise ValueError("a reference to something that is no storage of a tensor")

@@ -120,9 +120,11 @@ def _class_names(source: str, stored: Any, count: int) -> tuple[str, ...] | None
     """The names of `count` classes, from what a checkpoint or a diffusers directory stores; None if there are none."""
     if not count or not stored:
         return None
-    names = [stored.get(str(number)) for number in range(count)] if isinstance(stored, dict) else stored
+    names = stored
+    if isinstance(stored, dict) and len(stored) == count:  # which is a claim of another file, and may be any number
+        names = [stored.get(str(number)) for number in range(count)]
     names = class_names.parse(names, count)
-    if names is None or len(stored) != count:
+    if names is None:
         messages.warning(
             f"{source}: its names of classes are not those of its {count} classes: they are called by number"
         )

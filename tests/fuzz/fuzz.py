@@ -14,6 +14,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 with atheris.instrument_imports(include=["pipeline", "zipfile", "tarfile", "pickle", "numpy.lib.format"]):
     from tests.fuzz import targets
 
+    targets.run(sys.argv[1], b"")  # a target imports what it needs when it is called
+
 from tests.fuzz.seeds import seeds  # noqa: E402
 
 

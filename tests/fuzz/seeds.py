@@ -9,6 +9,7 @@ import json
 import pickle
 import tarfile
 import zipfile
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +67,54 @@ def _parquet() -> list[bytes]:
     return [file.getvalue()]
 
 
+def _torch(value: Any, *, new: bool = True) -> bytes:
+    import torch  # noqa: PLC0415  it takes its time
+
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=new)
+    return file.getvalue()
+
+
+def _torch_files(name: str) -> list[bytes]:
+    if name not in ("torch", "pickle"):
+        return []
+    import torch  # noqa: PLC0415
+
+    tensors = {"a": torch.ones(2, 3), "b": torch.nn.Parameter(torch.ones(4)[1:]), "c": torch.ones(2).bfloat16()}
+    saved = [_torch(tensors), _torch({"net_model": tensors, "ema_model": tensors, "x_T": torch.ones(1, 1, 2, 2)})]
+    if name == "torch":
+        return [*saved, _torch(tensors, new=False)]
+    return [zipfile.ZipFile(io.BytesIO(data)).read("archive/data.pkl") for data in saved]
+
+
+def _shapes(name: str) -> list[bytes]:
+    if name != "weights":
+        return []
+    from tests import foreign  # noqa: PLC0415
+
+    networks = (
+        foreign.openai(blocks=1, classes=2, learn_sigma=True),
+        foreign.openai(mults=(1, 1), blocks=1, updown=True),
+        foreign.w86763777(blocks=1, timesteps=2),
+    )
+    return [json.dumps({key: list(tensor.shape) for key, tensor in network.items()}).encode() for network in networks]
+
+
+_UNET = {
+    "_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1,
+    "block_out_channels": [32, 64], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 8, "num_class_embeds": 3,
+}  # fmt: skip
+_SCHEDULER = {
+    "_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+    "num_train_timesteps": 1000, "trained_betas": None, "variance_type": "fixed_small", "clip_sample": True,
+}  # fmt: skip
+_PIPELINE = {
+    "_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"],
+    "id2label": {"0": "a", "1": "b", "2": "c"},
+}  # fmt: skip
+
+
 def seeds(name: str) -> list[bytes]:
     """Valid files for a parser."""
     sha = hashlib.sha256(b"").hexdigest()
@@ -97,5 +146,9 @@ def seeds(name: str) -> list[bytes]:
         "parquet": _parquet() if name == "parquet" else [],
         "member": [b"\1\0\x10" + b"abc", b"\2\0\x10" + b"BZh9"],
         "places": [b"../a/x.tar\n../a/", b"https://h/x.tar\nhttps://h/"],
+        "torch": _torch_files(name),
+        "pickle": _torch_files(name),
+        "weights": _shapes(name),
+        "diffusers": [b"\n".join(json.dumps(part).encode() for part in (_UNET, _SCHEDULER, _PIPELINE))],
         "json": [b'{"a": [1, 2.5, "x", null, true]}'],
     }[name]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -133,6 +139,85 @@ def json_text(data: bytes) -> None:
     json.dumps(untrusted.parse_json(data, "text"), allow_nan=False)
 
 
+def torch_file(data: bytes) -> None:
+    """A file of torch.save: an archive with a pickle."""
+    from pipeline.model.torch_file import TorchFile  # noqa: PLC0415
+
+    (PLACE / "a.pt").write_bytes(data)
+    with TorchFile(str(PLACE / "a.pt")) as file:
+        tensors = file.tensors(file.content) if isinstance(file.content, dict) else {}
+    assert sum(tensor.numel() for tensor in tensors.values()) <= 4 * len(data)
+
+
+def torch_pickle(data: bytes) -> None:
+    """The pickle in such a file, which a checksum keeps from the other target; and what is made of its value."""
+    from pipeline import import_model  # noqa: PLC0415
+
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in (("data.pkl", data), ("data/0", bytes(64)), ("byteorder", b"little")):
+            file.writestr(f"a/{name}", content)
+    torch_file(archive.getvalue())
+    import_model._from_file(str(PLACE / "a.pt"), import_model.ImportSettings(size=(8, 8), head_channels=8))
+
+
+def weights(data: bytes) -> None:
+    """Names and shapes of another project's weights, as JSON: the network that they are of."""
+    import torch  # noqa: PLC0415
+
+    from pipeline import import_model  # noqa: PLC0415
+    from pipeline.model import foreign_weights  # noqa: PLC0415
+    from pipeline.sampling import pretrained  # noqa: PLC0415
+    from tests import foreign  # noqa: PLC0415
+
+    class Stored(nullcontext[None]):
+        content = untrusted.parse_json(data, "weights")
+
+        def __enter__(self) -> Any:
+            return self
+
+        def tensors(self, shapes: dict[str, Any]) -> dict[str, Any]:
+            return {name: self._tensor(name, shape) for name, shape in shapes.items()}
+
+        def _tensor(self, name: str, shape: Any) -> torch.Tensor:
+            sides = [untrusted.count(side, "a side", most=1 << 12) for side in shape] if type(shape) is list else [0]
+            if name == foreign_weights._TABLE and len(sides) == 2 and math.prod(sides) < 1 << 12:
+                return foreign.table(*sides)  # whose values are checked
+            return torch.zeros(()).expand(sides if math.prod(sides) <= 1 << 20 else [0])
+
+    settings = import_model.ImportSettings(size=(8, 8), head_channels=8)
+    with mock.patch.object(import_model, "TorchFile", lambda source: Stored()):
+        try:
+            made = import_model._from_file("weights", settings)
+        except ConfigError as error:
+            if "is for networks of OpenAI" not in str(error):
+                raise
+            made = import_model._from_file("weights", replace(settings, head_channels=None))
+    pretrained.check_weights(made.model, "weights")
+
+
+def diffusers(data: bytes) -> None:
+    """The three JSON files of a diffusers directory, a line each."""
+    import torch  # noqa: PLC0415
+    from safetensors.torch import save  # noqa: PLC0415
+
+    from pipeline.diffusion.process import DiffusionProcess  # noqa: PLC0415
+    from pipeline.sampling import pretrained  # noqa: PLC0415
+
+    place = PLACE / "diffusers"
+    place.mkdir(exist_ok=True)
+    names = ("config.json", "scheduler_config.json", "model_index.json")
+    for name, text in zip_longest(names, data.split(b"\n", 2)):
+        (place / name).write_bytes(text) if text else (place / name).unlink(missing_ok=True)
+    if not (place / "config.json").exists():
+        return
+    tensors = {f"down_blocks.0.resnets.{i}.conv1.weight": torch.zeros(1) for i in range(30)}
+    (place / "diffusion_pytorch_model.safetensors").write_bytes(save(tensors))
+    model = pretrained.read(str(place), ema=True)
+    DiffusionProcess.of(model.config.diffusion)
+    pretrained.check_weights(model, str(place))
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "tar": _source(Tar, "a.tar"),
     "targz": _source(Tar, "a.tar.gz"),
@@ -153,6 +238,10 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "member": member,
     "places": places,
     "json": json_text,
+    "torch": torch_file,
+    "pickle": torch_pickle,
+    "weights": weights,
+    "diffusers": diffusers,
 }
 
 

@@ -28,13 +28,14 @@ def refused(path: Path, message: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def repacked(path: Path, **records: bytes) -> None:
-    """Replace records of the archive, by the last part of their names."""
+def repacked(path: Path, method: int = zipfile.ZIP_STORED, **records: bytes) -> None:
+    """Replace records of the archive, by the last part of their names, and store them as `method` says."""
     with zipfile.ZipFile(path) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in content.items():
-            archive.writestr(name, records.get(name.rpartition("/")[2].replace(".", "_"), data))
+            record = name.rpartition("/")[2].replace(".", "_")
+            archive.writestr(name, records.get(record, data), method if record in records else None)
 
 
 def test_tensors_of_all_kinds_are_read(tmp_path: Path) -> None:
@@ -97,6 +98,9 @@ def test_what_is_no_such_file_is_told(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(3)}, file)
     repacked(file, byteorder=b"big")
     refused(file, "byte order")
+    torch.save({"x": torch.ones(3)}, file)
+    repacked(file, zipfile.ZIP_DEFLATED, byteorder=b"little")  # may unpack to a thousand times the size of the file
+    refused(file, "is damaged or cut short")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,8 @@ def test_what_is_no_such_file_is_told(tmp_path: Path) -> None:
     [
         (0, (5,), (1,)), (1, (4,), (1,)), (0, (1 << 40,), (0,)), (0, (3, 3), (1, 1)), (0, (2,), (-1,)),
         (-1, (2,), (1,)), (0, (2, 2), (1,)), (0, (1 << 62, 1 << 62), (0, 0)), (0, (True,), (1,)),
-        (0, (1,) * 9, (1,) * 9),
+        (0, (1,) * 9, (1,) * 9), (0, (0, 1 << 70), (1, 1)), (0, (0, 1 << 47, 1 << 47), (1, 1, 1)),
+        (0, (1,), (1 << 70,)),
     ],
 )  # fmt: skip
 def test_claims_of_size_are_checked(offset: int, shape: Any, strides: Any, tmp_path: Path) -> None:
