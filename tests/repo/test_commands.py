@@ -49,6 +49,7 @@ ELSEWHERE = {
     r"^accelerate launch .*(multi_node|one_node)": "tests/multiprocess/test_world_size.py",
     r"^sbatch .*train\.sbatch": "tests/slurm/test_train.py",
     r"^sbatch .*(sample|shard|evaluate)\.sbatch": "tests/slurm/test_arrays.py",
+    r"^(kubectl|sky) ": "tests/repo/test_kubernetes.py",  # its files alone
     r"^docker ": "tests/container/test_image.py",
     r"^(apptainer|enroot|CONTAINER|cat >|environ|mounts|rc\(|EOF)": "tests/repo/test_launch.py",  # its syntax alone
     r"hf://|s3://": "tests/remote/test_remote_run.py",
@@ -60,7 +61,7 @@ ELSEWHERE = {
 TINY = """
 data: {shards: shards/mine, size: 8, workers: 0}
 model: {base_channels: 8, channel_mults: [1, 2], attention_sizes: [4], blocks_per_level: 1}
-diffusion: {timesteps: 20}
+diffusion: {timesteps: 30}
 train: {steps: 2, global_batch: 4, warmup_steps: 1, precision: fp32, device: cpu}
 sample: {sampler: ddim, steps: 2, batch: 4}
 run: {checkpoint_every: 1, log_every: 1, preview_every: 0, val_every: 1}

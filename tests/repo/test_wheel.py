@@ -86,7 +86,7 @@ def test_every_package_that_is_imported_is_a_dependency_or_an_extra() -> None:
         *(line for name in extras if name not in ("dev", "fuzz") for line in extras[name]),
     ]
     distributions = {re.split(r"[><=\[]", line)[0].lower().replace("-", "_") for line in given}
-    others = {"PIL": "pillow", "yaml": "pyyaml"}
+    others = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
