@@ -31,7 +31,7 @@ SMALL = [
     (r"^ddpm train …", "ddpm train --config configs/64px.yaml data.shards=shards/mine run.dir=runs/mine train.steps=4"),
     (r"evaluate_every=\d+", "evaluate_every=2"),
     (r"evaluate_samples=\d+", "evaluate_samples=4"),
-    (r"\bC\.yaml", "configs/64px.yaml"),
+    (r"\b(C|FILE)\.yaml", "configs/64px.yaml"),
     (r"\bRUN --seeds", "runs/mine --seeds"),
     (r"(--from .*)SAMPLES", r"\1samples/from"),
     (r"\bSAMPLES\b", "samples/other"),
