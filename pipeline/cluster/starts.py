@@ -28,11 +28,11 @@ def record(run_dir: str, step: int, processes: int, device: str) -> None:
         processes: of this job.
         device: on which they compute.
     """
-    line = {
-        "time": round(time.time(), 3), "step": step, "processes": processes, "device": device,
-        "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID"), "before": how_ended(run_dir),
-    }  # fmt: skip
     with suppress(DataError, OSError):
+        line = {
+            "time": round(time.time(), 3), "step": step, "processes": processes, "device": device,
+            "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID"), "before": how_ended(run_dir),
+        }  # fmt: skip
         before = files.read_bytes(RunDir(run_dir).starts) if files.exists(RunDir(run_dir).starts) else b""
         files.write_bytes(RunDir(run_dir).starts, before + json.dumps(line).encode() + b"\n")
 
