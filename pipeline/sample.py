@@ -106,7 +106,8 @@ def forecast(request: SamplingRequest) -> Forecast:
         batches = -(-images // options.batch)
         return Forecast(
             where=request.out or request.grid or request.video or request.trajectory or "",
-            work=f"{images:,} of {total:,} images to draw, in {batches:,} batches of {options.batch}" if images
+            work=f"{images:,} of {total:,} images to draw, in {batches:,} batch{'es' * (batches > 1)} of "
+            f"{options.batch}" if images
             else f"all {total:,} images are there",
             units=images, unit="images", per_s=images / (batches * batch_s) if batches else None,
             basis=f"measured on {steps} of {generator.steps(options)} steps of one batch, one process on "
