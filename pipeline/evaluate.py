@@ -165,8 +165,8 @@ def forecast(request: EvaluationRequest) -> Forecast:
         work = f"{samples.samples + reference.samples:,} images, after the network of {request.features} is fetched"
         return Forecast(where, work, samples.samples + reference.samples, "images", None, "its network is not here", 0)
     extractor = feature_networks.load(request.features, own_device(), samples.size)
-    results = [feature_networks.of_shards(shards, extractor, request.cache or shards.url)
-               for shards in (reference, samples)]  # fmt: skip
+    sets = {shards.sha256: shards for shards in (reference, samples)}
+    results = [feature_networks.of_shards(each, extractor, request.cache or each.url) for each in sets.values()]
     return _forecast(where, results)
 
 
@@ -191,7 +191,7 @@ def forecast_likelihood(source: str, url: str, *, cache: str | None = None, ema:
         count = min(results.batch, results.shards.shards[missing[0]].samples)
         with suppress(_MeasuredError):
             results.compute_batch(read_range(results.shards, range(count)))
-        per_s = count / (timesteps * (passes[-1] - passes[1]) / (len(passes) - 2))
+        per_s = count / (timesteps * (passes[-1] - passes[1]) / max(len(passes) - 2, 1))
     return Forecast(
         where=cache or url, work=f"the likelihood of {images:,} of {results.shards.samples:,} images to compute",
         units=images, unit="images", per_s=per_s, basis=f"measured on {len(passes) - 2} of {timesteps} passes",

@@ -7,11 +7,14 @@ size, and a shard is complete when its record exists.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -103,7 +106,8 @@ def forecast(request: SamplingRequest) -> Forecast:
         batches = -(-images // options.batch)
         return Forecast(
             where=request.out or request.grid or request.video or request.trajectory or "",
-            work=f"{images:,} of {total:,} images to draw, in {batches:,} batches of {options.batch}" if images
+            work=f"{images:,} of {total:,} images to draw, in {batches:,} batch{'es' * (batches > 1)} of "
+            f"{options.batch}" if images
             else f"all {total:,} images are there",
             units=images, unit="images", per_s=images / (batches * batch_s) if batches else None,
             basis=f"measured on {steps} of {generator.steps(options)} steps of one batch, one process on "
@@ -114,18 +118,18 @@ def forecast(request: SamplingRequest) -> Forecast:
 
 def _measure(generator: Generator, options: SamplingOptions, interrupt: Interrupt) -> tuple[float, int, int]:
     """Seconds of a batch, the steps measured, and bytes of a sample at most: of noise, which PNG cannot compress."""
-    steps, times, first = generator.steps(options), [time.monotonic()], None
+    steps, times = generator.steps(options), [time.monotonic()]
     check_stop = _watch(interrupt, Progress(steps, "measuring", unit="steps", quiet=True))
-    for images in generator.denoising(range(options.batch), options, steps, check_stop):
-        first = images[0] if first is None else first
+    for images in islice(generator.denoising(range(options.batch), options, steps, check_stop), steps):
+        shape = images[0].shape
         times.append(time.monotonic())
         if len(times) > _LEAST_STEPS and times[-1] - times[0] > _TRIED_S:
             break
     measured = times[1:] if len(times) > 2 else times  # the first step may compile
     seconds = (measured[-1] - measured[0]) / (len(measured) - 1) * steps
-    noise = preprocess.encode(np.asarray(first), "png")
-    sample_bytes = len(pack(Sample(key(0), noise, "png", 0, {"seed": 0, "label": 0})).data)
-    return seconds, len(measured) - 1, sample_bytes
+    noise = np.frombuffer(hashlib.shake_256(b"").digest(math.prod(shape)), np.uint8).reshape(shape)
+    sample = Sample(key(0), preprocess.encode(noise, "png"), "png", 0, {"seed": 0, "label": 0})
+    return seconds, len(measured) - 1, len(pack(sample).data)
 
 
 def _prepare(request: SamplingRequest, *, quiet: bool) -> tuple[Generator, SamplingOptions, SampleSet | None]:

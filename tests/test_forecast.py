@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.cli import main
@@ -85,7 +87,8 @@ def test_training(dry: DryRun, digits: Path, tiny_run: Path, tmp_path: Path) -> 
     assert f"14 of 20 steps to train, from {tiny_run}/checkpoints/step_00000006" in text
     checkpoint = tiny_run / "checkpoints/step_00000006"
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    assert f"disk  about {2 * size / 1024:.0f}"[:-2] in text  # keep_last: 2
+    (mib,) = re.findall(r"disk  about ([\d.]+) MiB", text)
+    assert float(mib) * 2**20 == pytest.approx(2 * size, rel=0.1)  # keep_last: 2
     assert "nothing to do" in dry("train", *resumed, "train.steps=6")
     assert "train.seed: 0 -> 5" in dry("train", *resumed, "train.seed=5", code=2)
     assert snapshot(tiny_run) == before
@@ -98,8 +101,9 @@ def test_sampling(dry: DryRun, tiny_run: Path, tmp_path: Path) -> None:
     assert found["work"] == "10 of 10 images to draw, in 3 batches of 4"
     assert "of one batch, one process on cpu" in found["basis"] and found["seconds"] > 0
     run("sample", *arguments)
-    written = sum(path.stat().st_size for path in (tmp_path / "o").glob("*.tar"))
-    assert 10 * 1024 < found["bytes"] <= written
+    rows = [np.load(path) for path in sorted((tmp_path / "o").glob("*.npy"))]
+    written = sum(int(row["length"].sum()) for row in rows)
+    assert written <= found["bytes"] <= 1.5 * written
     os.unlink(tmp_path / "o/shard_000001.json")
     assert dry.json("sample", *arguments)["units"] == 4
     assert "drawn differently" in dry("sample", *arguments, "--steps", 3, code=2)
@@ -119,7 +123,7 @@ def test_evaluating_features(dry: DryRun, digits: Path, tmp_path: Path, monkeypa
     npz(tmp_path / "resnet.npz", resnet_weights())
     arguments = (digits, "--against", digits, "--cache", tmp_path / "cache", "--features")
     found = dry.json("evaluate", *arguments, tmp_path / "resnet.npz")
-    assert found["units"] >= 1797 and found["per_s"] > 0 and "measured on a batch" in found["basis"]
+    assert found["units"] == 1797 and found["per_s"] > 0 and "measured on a batch" in found["basis"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert "after the network of inception is fetched" in dry("evaluate", *arguments, "inception")
     assert "no such directory" in dry("evaluate", "/nowhere", *arguments[1:], DIGITS, code=2)
