@@ -35,7 +35,6 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "shard": data.shard, "verify": data.verify, "index": data.index, "train": runs.train, "sample": models.sample,
     "evaluate": models.evaluate, "report": report, "export": interchange.export, "import": interchange.import_model,
     "plan": runs.plan, "doctor": runs.doctor, "show": workspace.show, "runs": workspace.runs, "init": workspace.init,
-    "help": help.show_help,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=help.Command)(_command)
@@ -45,6 +44,7 @@ def main(words: list[str] | None = None) -> NoReturn:
     """Run the command and exit with its exit code."""
     messages.prepare_streams()
     words = (sys.argv[1:] if words is None else words) or ["--help"]
+    words = ["--help"] if words == ["-h"] else words
     is_later = not is_first_of_node()  # the first one writes what each of them would
     with signals_to(_exit_on_signal):  # until a job handles stop requests itself, nothing needs to be finished first
         try:

@@ -127,9 +127,11 @@ _LATER_KEYS = {
         "flip_sin_to_cos", "timestep_scale",
     ),
     "diffusion": ("log_snr_shift", "log_snr_min", "sigmoid_bias"),
+    "train": ("ema_lengths",),
     "sample": (
         "timesteps", "max_step_ratio", "guidance_interval", "clip", "dynamic_threshold", "precision", "label", "size",
     ),
+    "run": ("ema_snapshot_every", "evaluate_every", "evaluate_samples", "evaluate_features"),
 }  # fmt: skip
 """Keys that configurations stored by version 0.1 lack."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +121,8 @@ LATER = {
     "sample": (
         "timesteps", "max_step_ratio", "guidance_interval", "clip", "dynamic_threshold", "precision", "label", "size",
     ),
+    "train": ("ema_lengths",),
+    "run": ("ema_snapshot_every", "evaluate_every", "evaluate_samples", "evaluate_features"),
 }  # fmt: skip
 """Keys that version 0.1 did not know."""
 
@@ -137,6 +140,7 @@ def stored_by_the_first_version(**sections: dict[str, Any]) -> str:
 def test_a_configuration_stored_by_the_first_version_keeps_its_meaning(base: int, groups: int) -> None:
     text = stored_by_the_first_version(model={"base_channels": base})
     assert config_file.is_stored(text)
+    assert config_file.is_stored((Path(__file__).parent / "golden/version_0_1/run/config.yaml").read_text())
     config = config_file.parse_stored(text)
     assert config.model.norm_groups == config.model.groups == groups
     assert config.sample.max_step_ratio is None

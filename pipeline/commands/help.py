@@ -1,15 +1,13 @@
-"""The help of a command: on one screen what most people need, with two examples; `ddpm help JOB` explains the rest."""
+"""The help of a command: `-h` fits a screen and has what most people need; `--help` explains every option."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from typer.core import TyperCommand
 
 from pipeline import messages
-from pipeline.errors import ConfigError
 
 EXAMPLES = {
     "shard": (
@@ -33,6 +31,7 @@ EXAMPLES = {
         "ddpm evaluate samples/mine --against shards/mine --features inception",
         "ddpm evaluate runs/mine --likelihood shards/held-out",
     ),
+    "report": ("ddpm report runs/mine", "ddpm report runs/mine --samples samples/mine --out mine.html"),
     "export": ("ddpm export runs/mine --out diffusers/mine", "ddpm export runs/mine --out last --no-ema"),
     "import": (
         "ddpm import diffusers/mine --out runs/imported",
@@ -46,7 +45,6 @@ EXAMPLES = {
     "show": ("ddpm show runs/mine", "ddpm show shards/mine --preview first.png"),
     "runs": ("ddpm runs", "ddpm runs s3://bucket/runs --json"),
     "init": ("ddpm init", "ddpm init experiments"),
-    "help": ("ddpm help sample", "ddpm help shard"),
 }
 """Two commands for each job."""
 
@@ -56,12 +54,12 @@ RARE = {
     "index": {"image_ext", "max_bad_fraction", "channels"},
     "sample": {
         "eta", "spacing", "variance", "compile", "guidance_interval", "dynamic_threshold", "guide", "shard_samples",
-        "trajectory", "from_image", "strength", "interpolate", "best", "ema", "ema_length", "size", "precision", "video",
+        "batch", "trajectory", "from_image", "strength", "interpolate", "best", "ema", "ema_length", "size", "precision", "video",
     },
     "evaluate": {"cache", "log", "ema"},
     "import": {"attention_order", "rescale_timesteps", "variance", "clip"},
 }  # fmt: skip
-"""Options that `--help` only names."""
+"""Options that `-h` only names."""
 
 _TYPES = {r" <(?:list\[)?(?:str|text)\]?>": "", " <int(?: range)?>": " N", " <float(?: range)?>": " X", "<(.+)>": r"\1"}
 _RANGE = re.compile(r"(?:; )?-?[\d.]*(?:<=?)?x[<>]=?[\d.]+")
@@ -71,23 +69,29 @@ _COLUMN = 25
 
 
 class Command(TyperCommand):
-    """A command whose `--help` fits a screen."""
+    """A command with a short help, `-h`, and a full one, `--help`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of a command line; `-h` alone among the options shows the short help."""
+        if "-h" in args and not ctx.resilient_parsing:
+            messages.summary(self.short_help_of(ctx))
+            ctx.exit()
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Usage, what it does, examples and the common options, each with its first sentence."""
-        self._write(ctx, formatter, rare=False)
-
-    def full_help(self, ctx: Any) -> str:
-        """The same, with every option and every sentence."""
-        formatter = ctx.make_formatter()
+        """Usage, what the command does, two examples, and all options in full."""
         self._write(ctx, formatter, rare=True)
+
+    def short_help_of(self, ctx: Any) -> str:
+        """The same with the common options only, each with its first sentence."""
+        formatter = ctx.make_formatter()
+        self._write(ctx, formatter, rare=False)
         return str(formatter.getvalue()).rstrip("\n")
 
     def _write(self, ctx: Any, formatter: Any, *, rare: bool) -> None:
         shown = [(p, record) for p in self.get_params(ctx) if (record := p.get_help_record(ctx))]
         required = [_names(record[0]) for p, record in shown if p.required]
-        words = [*required, "[OPTIONS]"] if self.name != "help" else required
-        formatter.write_usage(ctx.command_path, " ".join(words))
+        formatter.write_usage(ctx.command_path, " ".join([*required, "[OPTIONS]"]))
         self.format_help_text(ctx, formatter)
         with formatter.section("Examples"):
             for example in EXAMPLES[str(self.name)]:
@@ -104,7 +108,7 @@ class Command(TyperCommand):
             formatter.write_dl(rows, col_max=_COLUMN, col_spacing=2)
         if names:
             formatter.write_paragraph()
-            formatter.write_text(f"`ddpm help {self.name}` explains these too: {', '.join(names)}.")
+            formatter.write_text(f"`--help` explains these too: {', '.join(names)}.")
 
 
 def _names(text: str) -> str:
@@ -120,17 +124,3 @@ def _first_sentence(text: str) -> str:
     body = text[: brackets.start()] if brackets else text
     default = _RANGE.sub("", brackets[0]) if brackets else ""
     return _SENTENCE.split(body)[0] + default.replace("  []", "")
-
-
-def show_help(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="A command, such as sample.")],
-) -> None:
-    """Explain every option of a command."""
-    from pipeline.cli import app
-
-    group = typer.main.get_command(app)
-    command = getattr(group, "commands", {}).get(job)
-    if not isinstance(command, Command):
-        raise ConfigError(f"ddpm help {job}: no such command: `ddpm --help` lists all")
-    context = command.make_context(f"ddpm {job}", [], resilient_parsing=True)
-    messages.result(command.full_help(context))

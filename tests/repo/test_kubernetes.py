@@ -125,7 +125,9 @@ def test_the_command_has_options_that_exist_and_the_number_of_tasks_is_said_once
         assert _words(name)[-2:] == ["--part", "$JOB_COMPLETION_INDEX/$JOB_COMPLETIONS"]
 
 
-@pytest.mark.parametrize("words", [_words("train"), shlex.split(SKY["run"].replace("\\\n", " "))], ids=["jobset", "skypilot"])
+@pytest.mark.parametrize(
+    "words", [_words("train"), shlex.split(SKY["run"].replace("\\\n", " "))], ids=["jobset", "skypilot"]
+)
 def test_training_starts_under_the_supervisor_with_options_that_accelerate_has(words: list[str]) -> None:
     words = words[words.index("exec") :]
     assert words[:6] == ["exec", "python", "-m", "pipeline.cluster.supervise", "accelerate", "launch"]
