@@ -356,7 +356,7 @@ def test_a_set_begun_with_another_order_of_its_classes_continues_and_other_class
     assert shard([str(tmp_path / "in")], str(tmp_path / "set"), **made).shards_made == 2
     assert ShardSet.open(str(tmp_path / "set")).classes == ("0", "1", "10", *"23456789")
     (tmp_path / "in" / "metadata.csv").write_text("file_name,label\n0/1.png,cat\n")
-    with pytest.raises(ConfigError, match=r"classes were 0, 1, 10, 2, 3, .*, now cat; source was 11 files"):
+    with pytest.raises(ConfigError, match=r"classes were 0, 1, 10, 2, 3, .*, now cat; the source had 11 files"):
         shard([str(tmp_path / "in")], str(tmp_path / "set"), **made)
 
 
