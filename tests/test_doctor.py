@@ -169,7 +169,7 @@ def test_a_finished_run(tiny_run: Path) -> None:
         "state": "done",
         "step": 6,
         "lanes": 12,
-        "device": "auto",
+        "device": "cpu",
         "precision": "fp32",
         "holder": None,
         "save_s": run["save_s"],
