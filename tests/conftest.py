@@ -20,12 +20,14 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would e
 ROOT = Path(__file__).parent.parent
 LONG = (
     "slurm/test_train.py", "multiprocess", "training/test_trainer.py", "laws", "container", "test_train.py", "remote",
+    "repo/test_commands.py",
     "test_shard.py", "slurm", "test_cli.py", "sampling/test_generator.py", "diffusion/test_samplers.py", "test_plan.py",
     "diffusion/test_sampler_truth.py", "training/test_memory_estimate.py", "data/loading", "test_index.py",
     "test_doctor.py", "data/shards/test_damage.py", "processes/test_pool.py", "training/test_start.py",
     "model/test_unet.py", "cluster", "test_evaluate.py", "sampling/test_ema_length.py", "test_export.py",
     "test_sample.py", "training/test_evaluator.py", "data/sources/test_parquet.py", "test_forecast.py",
-    "repo/test_wheel.py",
+    "repo/test_wheel.py", "test_report.py", "test_notebook.py", "test_attacks.py", "sampling/test_options.py",
+    "diffusion/test_learned_variance.py",
 )  # fmt: skip
 """Files and directories with the longest tests, longest first; the files of slurm, which share a cluster, lie apart."""
 
