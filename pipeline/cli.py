@@ -28,7 +28,8 @@ _HEAD_START_S = 2.0
 app = typer.Typer(
     help="DDPM at cluster scale: images → shards → run → samples → figures.\n\n"
     "Exit codes: 0 done, 2 usage or configuration, 3 data refused, 4 no valid checkpoint, 75 stopped on request and "
-    "resumable, 130 interrupted twice, 1 a bug.",
+    "resumable, 130 interrupted twice, 1 a bug.\n\n"
+    "`ddpm COMMAND -h` shows the common options on one screen, `ddpm COMMAND --help` explains all.",
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 _COMMANDS: dict[str, Callable[..., None]] = {

@@ -12,6 +12,7 @@ from pipeline import untrusted
 from pipeline.checkpoints.run_dir import RunDir, step_of
 from pipeline.data.shards import set_status
 from pipeline.data.shards.set_status import SetStatus
+from pipeline.data.shards.summary import train_command
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
 from pipeline.training import run_status
@@ -193,7 +194,7 @@ def _set(path: str, status: SetStatus) -> Shown:
     elif status.kind == "sample set":
         next_command = f"ddpm evaluate {path} --against SHARDSET --features inception"
     else:
-        next_command = f"ddpm train --config C.yaml data.shards={path} data.size={list(size)!r}".replace(", ", ",")
+        next_command = train_command(path, size, status.channels or 3, len(status.classes or ()))
     state = "finished" if status.finished else "unfinished"
     if not status.finished and status.asked:
         unit = "inputs" if status.kind == "shard set" else "seeds"
