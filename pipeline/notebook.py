@@ -20,8 +20,8 @@ from pipeline.cluster.device import own_device
 from pipeline.config import Config
 from pipeline.data.loading.batches import read_range
 from pipeline.data.shards.shard_set import ShardSet
-from pipeline.errors import ConfigError, Stopped
 from pipeline.errors import PipelineError as PipelineError  # noqa: PLC0414  public
+from pipeline.errors import Stopped
 from pipeline.evaluation.intervals import Figure as Figure  # noqa: PLC0414  public
 from pipeline.sampling import generator as generators
 from pipeline.sampling.options import SamplingRequest, choose
@@ -74,8 +74,7 @@ class Model:
         """
         wanted = [int(seed) for seed in seeds]
         ordered = sorted(set(wanted))
-        given = {key: self._number(value) if key == "label" else value for key, value in options.items()}
-        request = SamplingRequest("", tuple(range(seed, seed + 1) for seed in ordered), given)
+        request = SamplingRequest("", tuple(range(seed, seed + 1) for seed in ordered), dict(options))
         chosen, _ = choose(request, self._generator, {}, quiet=True)
         drawn = dict(self._generator.images(ordered, chosen))
         data = self.config.data
@@ -86,14 +85,6 @@ class Model:
         """The same images as Pillow has them, mode RGB or L. Arguments and errors as in `images`."""
         return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
                 for image in self.images(seeds, **options)]  # fmt: skip
-
-    def _number(self, label: Any) -> Any:
-        """The number of a class that is given by its name."""
-        if not isinstance(label, str):
-            return label
-        if label not in (self.classes or ()):
-            raise ConfigError(f"label {label!r}: the classes of this model are {', '.join(self.classes or ('none',))}")
-        return (self.classes or ()).index(label)
 
 
 class ShardDataset(Dataset[tuple[Any, int]]):
