@@ -30,6 +30,7 @@ from pipeline.data.loading.batches import Batch, read_range
 from pipeline.data.shards import sample_set
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, DataError, Stopped
+from pipeline.evaluation import evaluation_file
 from pipeline.evaluation import features as feature_networks
 from pipeline.evaluation import likelihood as likelihoods
 from pipeline.evaluation.features import INCEPTION_SHA256, Extractor
@@ -46,7 +47,6 @@ from pipeline.sampling import generator as generators
 from pipeline.storage import files
 from pipeline.training.datasets import fit_classes
 
-RESULT = "evaluation.json"
 _NEAREST_ROWS, _NEAREST = 20, 4
 _PASSES = 6
 """Passes through the network that a forecast of the likelihood takes."""
@@ -103,7 +103,7 @@ def evaluate(request: EvaluationRequest, *, quiet: bool = False) -> dict[str, An
         if request.nearest:
             result["nearest"] = request.nearest if files.is_remote(request.nearest) else abspath(request.nearest)
         # Of several processes the one that ends last comes here, whatever its rank; if more do, they write the same.
-        files.write_json(files.join(request.cache or samples.url, RESULT), result)
+        files.write_json(files.join(request.cache or samples.url, evaluation_file.NAME), result)
         if request.nearest:
             sheet = _nearest_sheet(samples, reference, of_samples["features"], of_reference["features"])
             files.write_bytes(request.nearest, preprocess.encode(sheet, "png"))

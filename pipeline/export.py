@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from pipeline import messages
 from pipeline.checkpoints.run_dir import RunDir
 from pipeline.config import Config
 from pipeline.diffusion.process import DiffusionProcess
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
+from pipeline.evaluation import evaluation_file
 from pipeline.model import diffusers_directory, interchange
 from pipeline.model.scheduler_config import scheduler_config
 from pipeline.sampling import pretrained
 from pipeline.sampling.model_card import model_card
 from pipeline.storage import files
-
-EVALUATION = "evaluation.json"
 
 
 def export(source: str, out: str, *, ema: bool = True, samples: str | None = None) -> dict[str, Any]:
@@ -44,10 +42,10 @@ def export(source: str, out: str, *, ema: bool = True, samples: str | None = Non
     unet = interchange.diffusers_config(config.model, config.data.channels, config.data.height_width)
     if model.class_names:
         unet["id2label"] = {str(number): name for number, name in enumerate(model.class_names)}
-    evaluation = _evaluation(samples or run.path)
+    evaluation = evaluation_file.read(samples or run.path, messages.warning, "the model card shows no figures")
     if samples and evaluation is None:
         raise ConfigError(
-            f"--samples {samples} has no {EVALUATION}: make it with `ddpm evaluate {samples}`, or leave it"
+            f"--samples {samples} has no {evaluation_file.NAME}: make it with `ddpm evaluate {samples}`, or leave it"
         )
     preview = run.newest_preview()
     weights = "the averaged weights (EMA)" if ema else "the last weights, not averaged,"
@@ -88,16 +86,3 @@ def _scheduler(config: Config) -> dict[str, Any]:
     betas = DiffusionProcess.of(config.diffusion).schedule.betas.tolist()
     variance = config.model.reverse_variance(config.sample.variance)
     return scheduler_config(config.diffusion, betas, variance, clip=config.sample.clip)
-
-
-def _evaluation(directory: str) -> dict[str, Any] | None:
-    """What `ddpm evaluate` has written beside the samples; None if there is nothing, or nothing readable."""
-    path = files.join(directory, EVALUATION)
-    if not files.exists(path):
-        return None
-    with suppress(DataError):
-        value = files.read_json(path)
-        if isinstance(value, dict) and isinstance(value.get("figures"), dict):
-            return value
-    messages.warning(f"{path} is not what `ddpm evaluate` writes: the model card shows no figures")
-    return None

@@ -10,7 +10,6 @@ import io
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -27,13 +26,13 @@ from pipeline.data.loading.batches import read_range
 from pipeline.data.shards import sample_set
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation import evaluation_file
 from pipeline.reporting import data_facts, run_facts
 from pipeline.reporting.images import data_url, evenly
 from pipeline.reporting.page import Content, SampleFacts, Sheet, page
 from pipeline.reporting.run_facts import RunFacts
 from pipeline.storage import files
 
-EVALUATION = "evaluation.json"
 _SMALL_PX = 400
 _ROWS, _COLUMNS = 10, 10
 _NEAREST = (
@@ -108,7 +107,7 @@ def _samples(request: ReportRequest, run: RunFacts) -> SampleFacts:
     settings = ", ".join(
         f"{name} {shards.settings[name]}" for name in ("sampler", "steps", "guidance") if name in shards.settings
     )
-    evaluation = _evaluation(url)
+    evaluation = evaluation_file.read(url, messages.warning, "the report shows no figures of it")
     named = request.nearest or (evaluation or {}).get("nearest")
     image = _read_png(named) if isinstance(named, str) and (request.nearest or files.exists(named)) else None
     return SampleFacts(
@@ -140,19 +139,6 @@ def _sheets(shards: ShardSet) -> Iterator[Sheet]:
 
 def _sheet(image: NDArray[np.uint8], caption: str) -> Sheet:
     return Sheet(data_url(image), caption, is_small=image.shape[1] < _SMALL_PX)
-
-
-def _evaluation(url: str) -> dict[str, Any] | None:
-    """What `ddpm evaluate` has written beside the samples; None if there is nothing, or nothing readable."""
-    path = files.join(url, EVALUATION)
-    if not files.exists(path):
-        return None
-    with suppress(DataError):
-        value = files.read_json(path)
-        if isinstance(value, dict) and isinstance(value.get("figures"), dict):
-            return value
-    messages.warning(f"{path} is not what `ddpm evaluate` writes: the report shows no figures of it")
-    return None
 
 
 def _read_png(url: str) -> NDArray[np.uint8] | None:
