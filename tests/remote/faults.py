@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -32,6 +33,7 @@ class Faults(ThreadingHTTPServer):
         self.store_port = store_port
         self.rate = 0.0
         self.injected: Counter[str] = Counter()
+        self.creating = threading.Lock()
         self._seen: Counter[str] = Counter()
         self._lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -67,6 +69,26 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "delay":
             self.server.count(fault)
             time.sleep(0.05)
+        # moto looks for the file and writes it in two steps; S3 does both in one (If-None-Match).
+        with self.server.creating if "If-None-Match" in self.headers else nullcontext():
+            status, headers, data = self._forward(body)
+        if fault == "answer lost":  # what was asked for is done
+            self.server.count(fault)
+            return self._cut()
+        if fault == "reset" and len(data) > 1:
+            self.server.count(fault)
+            self._answer(status, headers, data, send=len(data) // 2)
+            return self._cut()
+        if fault == "short" and ranged and len(data) > 1:
+            self.server.count(fault)
+            headers = {k: v for k, v in headers.items() if "checksum" not in k.lower()}
+            data = data[: len(data) // 3]
+        return self._answer(status, headers, data)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = serve
+
+    def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """What the store answers to this request: status, headers, body."""
         store = http.client.HTTPConnection("127.0.0.1", self.server.store_port)
         store.request(
             self.command, self.path, body, {k: v for k, v in self.headers.items() if k.lower() != "connection"}
@@ -77,20 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             headers["Content-Length"] = response.getheader("Content-Length", "0")
         store.close()
-        if fault == "answer lost":  # what was asked for is done
-            self.server.count(fault)
-            return self._cut()
-        if fault == "reset" and len(data) > 1:
-            self.server.count(fault)
-            self._answer(response.status, headers, data, send=len(data) // 2)
-            return self._cut()
-        if fault == "short" and ranged and len(data) > 1:
-            self.server.count(fault)
-            headers = {k: v for k, v in headers.items() if "checksum" not in k.lower()}
-            data = data[: len(data) // 3]
-        return self._answer(response.status, headers, data)
-
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = serve
+        return response.status, headers, data
 
     def _body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
