@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.cluster.interrupt import Interrupt
-from pipeline.data.shards import index_tars, joined_labels
+from pipeline.data.shards import index_tars, joined_labels, record_files
 from pipeline.data.shards.index_tars import Indexer, Tar
 from pipeline.data.shards.join import collect, is_part, publish, reference, refuse_too_many_bad
 from pipeline.data.shards.settings import IndexSettings
@@ -135,8 +135,7 @@ def _index_foreign(
     _refuse_other_set(out, settings.as_json(), {})
     read = _read_tars(tars, out, settings, workers or pool.cores(), quiet)
     records = []
-    for tar in tars:
-        record = read_record(out, tar.stem)
+    for tar, record in zip(tars, record_files.together(partial(read_record, out), [tar.stem for tar in tars])):
         if record is None or record.name != tar.name:
             raise DataError(f"{tar.url} was removed or changed while this job ran: run the same command again")
         records.append(record)
@@ -193,7 +192,7 @@ def _read_tars(tars: list[Tar], out: str, settings: IndexSettings, workers: int,
     files.make_dirs(out)
     indexer = Indexer(out, settings)
     with Interrupt("" if quiet else "tars that are read stay so") as interrupt:
-        unread = [tar for tar in tars if not indexer.has_record(tar)]
+        unread = [tar for tar, is_read in zip(tars, record_files.together(indexer.has_record, tars)) if not is_read]
         records = pool.run(
             Indexer.index,
             ([tar] for tar in unread),
@@ -209,7 +208,7 @@ def _read_tars(tars: list[Tar], out: str, settings: IndexSettings, workers: int,
         ):
             for _ in records:
                 progress.advance()
-        if interrupt.requested and not all(map(indexer.has_record, unread)):
+        if interrupt.requested and not all(record_files.together(indexer.has_record, unread)):
             raise Stopped(f"stopped by {interrupt.requested}: the same command continues from there")
     return len(unread)
 

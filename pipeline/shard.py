@@ -77,19 +77,18 @@ def shard(
     started = time.monotonic()
     if not out:
         raise ConfigError("--out is empty: name the directory or URL of the set")
-    number, parts = _parse_part(part, overwrite, settings.dedupe)
+    part_of_set = _parse_part(part, overwrite, settings.dedupe)
     build.refuse_nesting(sources, out)
     network = _load_network(features, settings.size) if features else None
     with Interrupt("" if quiet else "finished shards stay") as interrupt:
-        builder = _open_set(sources, out, settings, parse_extensions(image_ext), overwrite, interrupt)
-        tasks = builder.part(number, parts)
-        missing = builder.missing(tasks)
-        _make_shards(builder, tasks, missing, workers or pool.cores(), interrupt, quiet)
+        builder = _open_set(sources, out, settings, parse_extensions(image_ext), part_of_set, overwrite, interrupt)
+        missing = builder.missing(builder.own)
+        _make_shards(builder, missing, workers or pool.cores(), interrupt, quiet)
         seconds = time.monotonic() - started
         # Other jobs may have made shards too: of this set or, if begun at the same time, of another, which is refused.
         builder.refresh()
         shards, done = len(builder.tasks), len(builder.tasks) - len(builder.missing(builder.tasks))
-        if lacking := builder.missing(tasks):
+        if lacking := builder.missing(builder.own):
             _check_stop(interrupt, f"with {done} of {shards} shards made")
             shard_path = files.join(out, lacking[0].stem)
             raise DataError(f"{shard_path} was removed or changed while this job ran: run the same command again")
@@ -136,7 +135,7 @@ def forecast(
     """
     if not out:
         raise ConfigError("--out is empty: name the directory or URL of the set")
-    number, parts = _parse_part(part, overwrite, settings.dedupe)
+    part_of_set = _parse_part(part, overwrite, settings.dedupe)
     build.refuse_nesting(sources, out)
     if features:
         _load_network(features, settings.size)
@@ -144,16 +143,16 @@ def forecast(
         begun = None if overwrite else build.begun_classes(out)
         check_stop = partial(_check_stop, interrupt, "before the first shard")
         listing = list_inputs(sources, settings.labels, check_stop, parse_extensions(image_ext), begun)
-        builder = ShardSetBuilder(out, settings, sources, listing, build.files_to_clear(out) if overwrite else ())
-        tasks = builder.part(number, parts)
-        missing, workers = builder.missing(tasks), workers or pool.cores()
+        to_clear = build.files_to_clear(out) if overwrite else ()
+        builder = ShardSetBuilder(out, settings, sources, listing, part_of_set, to_clear)
+        missing, workers = builder.missing(builder.own), workers or pool.cores()
         inputs = sum(map(len, missing))
         tried, taken, per_s, sample_bytes = _measure(builder, missing)
         basis = f"measured on {tried} inputs in one process, of which {taken} were taken; {workers} workers assumed"
     return Forecast(
         where=out,
-        work=f"{len(missing)} of {len(tasks)} shards to make, of {inputs:,} inputs" if missing
-        else f"all {len(tasks)} shards are there, nothing to do",
+        work=f"{len(missing)} of {len(builder.own)} shards to make, of {inputs:,} inputs" if missing
+        else f"all {len(builder.own)} shards are there, nothing to do",
         units=inputs, unit="images", per_s=per_s and per_s * min(workers, pool.cores()), basis=basis,
         bytes=inputs * sample_bytes, free_bytes=files.free_bytes(out),
     )  # fmt: skip
@@ -178,6 +177,7 @@ def _open_set(
     out: str,
     settings: ShardSettings,
     extensions: frozenset[str],
+    part: tuple[int, int],
     overwrite: bool,
     interrupt: Interrupt,
 ) -> ShardSetBuilder:
@@ -187,12 +187,11 @@ def _open_set(
     listing = list_inputs(sources, settings.labels, check_stop, extensions, begun)
     if overwrite:
         build.clear(out)
-    return ShardSetBuilder(out, settings, sources, listing)
+    return ShardSetBuilder(out, settings, sources, listing, part)
 
 
 def _make_shards(
     builder: ShardSetBuilder,
-    tasks: Sequence[Task],
     missing: Sequence[Task],
     workers: int,
     interrupt: Interrupt,
@@ -207,7 +206,7 @@ def _make_shards(
         stop=lambda: interrupt.requested is not None,
         on_worker_death=image_task.on_worker_death,
     )
-    inputs, inputs_to_do = sum(map(len, tasks)), sum(map(len, missing))
+    inputs, inputs_to_do = sum(map(len, builder.own)), sum(map(len, missing))
     with (
         Progress(inputs, "sharding", unit="images", done=inputs - inputs_to_do, quiet=quiet) as progress,
         closing(prefetch(outcomes, workers)) as chunks,  # decoding continues while a shard is flushed or uploaded

@@ -97,6 +97,11 @@ class Heartbeat:
                 for beat in behind
             )
         hosts = ", ".join(dict.fromkeys(beat.host for beat in now.values()))
+        if len(now) == 1:
+            return (
+                f"the run's only process is alive, in {self.phase} at step {self.step}: check whether other programs "
+                f"use the processors or the device of {hosts}"
+            )
         return (
             f"ranks {', '.join(map(str, now))} are all alive and wait for each other in {self.phase} at step "
             f"{self.step}: check the network between {hosts}"

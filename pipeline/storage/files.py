@@ -77,24 +77,32 @@ def listdir(url: str) -> list[str]:
     if not is_dir(url):
         return []
     with suppress(FileNotFoundError):
-        return sorted(remote.attempt(url, _names))
+        return sorted(remote.attempt(url, _entries))
     return []
 
 
-def _names(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    names = [name.rstrip("/") for name in fs.ls(path, detail=False)]
-    return [name.rsplit("/", 1)[-1] for name in names if name != path.rstrip("/")]
+def _entries(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    infos = {info["name"].rstrip("/"): info for info in fs.ls(path, detail=True)}
+    return {name.rsplit("/", 1)[-1]: info for name, info in infos.items() if name != path.rstrip("/")}
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Bytes of each file directly under `url`, by one listing; empty if there is no such directory."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if is_remote(url):
+            listed = remote.attempt(url, _entries)
+            return {name: info["size"] or 0 for name, info in listed.items() if info["type"] == "file"}
+        paths = [local(url) / name for name in os.listdir(local(url))]
+        return {path.name: path.stat().st_size for path in paths if path.is_file()}
+    return {}
 
 
 def find(url: str) -> dict[str, dict[str, Any]]:
     """Every file below a remote directory: relative path → `fsspec`'s info; empty if there is no such directory."""
     with suppress(FileNotFoundError):
-        return remote.attempt(url, _find)
+        found = remote.attempt(url, lambda fs, path: {path: fs.find(path, detail=True)})
+        return {name[len(path) :].lstrip("/"): info for path, infos in found.items() for name, info in infos.items()}
     return {}
-
-
-def _find(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
-    return {name[len(path) :].lstrip("/"): info for name, info in fs.find(path, detail=True).items()}
 
 
 def info(url: str) -> dict[str, Any]:
@@ -183,14 +191,14 @@ def sha256(url: str) -> str:
     return digest.hexdigest()
 
 
-def read_json(url: str) -> Any:
-    """Read a JSON file.
+def read_json(url: str, length: int | None = None) -> Any:
+    """Read a JSON file; if the caller knows its `length`, the store is not asked for it.
 
     Raises:
         FileNotFoundError: there is no such file.
         DataError: `untrusted.parse_json` refuses its content.
     """
-    with open_read(url) as file:
+    with open_read(url, length=length) as file:
         return untrusted.parse_json(file.read(untrusted.MAX_JSON_BYTES + 1), url)
 
 
@@ -218,6 +226,13 @@ def publishing(url: str, *, durable: bool = True) -> Iterator[BinaryIO]:
             # A single upload: the file exists once it is complete.
             remote.attempt(url, lambda fs, path: fs.put_file(staged.name, path), "write")
         return
+    with _writing(url, os.replace, durable) as file:
+        yield file
+
+
+@contextmanager
+def _writing(url: str, finish: Callable[[Path, Path], object], durable: bool) -> Iterator[BinaryIO]:
+    """A temporary file beside a local `url`; `finish` gets its path and the final one when it is complete."""
     final = local(url)
     temporary = _temporary_name(final)
     with local_disk.explained(url):
@@ -228,10 +243,9 @@ def publishing(url: str, *, durable: bool = True) -> Iterator[BinaryIO]:
                 file.flush()
                 if durable:
                     local_disk.sync(file.fileno())
-            os.replace(temporary, final)
-        except BaseException:
+            finish(temporary, final)
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
         if durable:
             sync_dir(str(final.parent))
 
@@ -285,20 +299,10 @@ def create(url: str, data: bytes) -> bool:
                 return read_bytes(url) == data
             return False
         return True
-    final = local(url)
-    temporary = _temporary_name(final)
-    with local_disk.explained(url):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                local_disk.sync(file.fileno())
-            made = _link(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_dir(str(final.parent))
-    return made
+    made: list[bool] = []
+    with _writing(url, lambda temporary, final: made.append(_link(temporary, final)), durable=True) as file:
+        file.write(data)
+    return made[0]
 
 
 def _create(fs: fsspec.AbstractFileSystem, path: str, *, data: bytes) -> None:

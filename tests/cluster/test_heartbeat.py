@@ -137,6 +137,13 @@ def test_ranks_that_all_wait_have_a_network_between_them(run: str, start: Start)
     )
 
 
+def test_a_rank_alone_is_not_told_of_a_network(run: str) -> None:
+    assert diagnosis(run, 1) == (
+        "the run's only process is alive, in update at step 5: check whether other programs use the processors or the "
+        f"device of {socket.gethostname()}"
+    )
+
+
 def test_ranks_that_ask_at_the_same_time_do_not_take_each_other_for_silent(run: str, start: Start) -> None:
     """All of them lose patience together, each in the thread that also beats."""
     told: list[str] = []

@@ -263,7 +263,7 @@ class _Reader:
         offset, length, crc32, image_offset, image_length, label = self._rows[row].item()
         try:
             if self._file is None:
-                self._file = files.open_read(self._shards.tar(shard), offset, self._shards.shards[shard].bytes)
+                self._file = self._shards.open_tar(shard, offset)
             elif offset != self._at:
                 self._file.seek(offset)
             data = self._file.read(length)

@@ -1,8 +1,9 @@
 """Building a shard set of images: the shards to make, which of them exist, and the index at the end.
 
 Shard i holds the inputs [iS, (i+1)S) of the sorted list, whichever job makes it and whenever, so any number of workers
-and of interruptions gives the same bytes. Each record carries the settings and the source of the whole set, so that the
-shards of an unfinished set also say what they are made of.
+and of interruptions gives the same bytes. `set.json` says what the whole set is made of before the first shard is made;
+each record repeats it, so that shards of several directories can be joined. A shard costs three writes, and at most two
+reads; the directory is listed at the start and at the end of a job only.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from pipeline.data.images.dedupe import KnownImages
+from pipeline.data.shards import record_files, set_identity
 from pipeline.data.shards.image_task import NumberedInput, Outcome
 from pipeline.data.shards.join import Counts, publish, totals
 from pipeline.data.shards.settings import ShardSettings
@@ -26,7 +28,6 @@ from pipeline.data.shards.shard_set import (
     ShardRecord,
     ShardSet,
     key,
-    read_record,
     refuse_foreign,
     write_shard,
 )
@@ -41,6 +42,7 @@ _CHUNK, _CHUNK_BYTES = 64, 1 << 22
 _NAMES_SHOWN = 200
 _SHARD_FILE = re.compile(r"(.+)-\d{6,}\.(tar|npy|json)")
 _UNCOMMITTED = re.compile(r".+-\d{6,}\.(tar|npy)")
+_OF_SET = (INDEX, REJECTED, set_identity.FILE)
 _DERIVED = re.compile(r"(features|likelihood)-[0-9a-f]{12}|evaluation\.json|reference-[0-9a-f]+\.safetensors")
 """What `ddpm evaluate`, or version 0.1, has measured of the finished set."""
 
@@ -70,6 +72,7 @@ class ShardSetBuilder:
         settings: how samples are made.
         urls: the sources, as given.
         listing: their inputs.
+        part: (I, N): this job makes run I, from 0, of N runs of whole shards.
         to_clear: names of files in `out` that are taken for deleted, for a forecast with `--overwrite`.
 
     Raises:
@@ -77,7 +80,13 @@ class ShardSetBuilder:
     """
 
     def __init__(
-        self, out: str, settings: ShardSettings, urls: Sequence[str], listing: Listing, to_clear: Collection[str] = ()
+        self,
+        out: str,
+        settings: ShardSettings,
+        urls: Sequence[str],
+        listing: Listing,
+        part: tuple[int, int] = (0, 1),
+        to_clear: Collection[str] = (),
     ) -> None:
         self._out, self.settings, self.listing = out, settings, listing
         self._to_clear = set(to_clear)
@@ -92,31 +101,60 @@ class ShardSetBuilder:
         self.tasks = [
             Task(f"{prefix}-{i:06d}", first, min(first + size, count)) for i, first in enumerate(range(0, count, size))
         ]
+        first, last = (i * len(self.tasks) // part[1] for i in (part[0], part[0] + 1))
+        self.own = self.tasks[first:last]
+        """The shards of this job's part."""
+        self._prefix, self._records, self._is_begun = prefix, dict[str, ShardRecord](), False
         self._unfinished_at_start = self._unfinished_files()
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the records of all shards that exist now, whichever job has made them.
+        """List the set, and read the records of shards that exist now and were not read before.
+
+        Of a finished set the index is read instead, and of an unfinished one only the records of this job's part.
 
         Raises:
-            ConfigError: one of them belongs to another set.
+            ConfigError: a record belongs to another set.
         """
+        sizes = {name: size for name, size in files.sizes(self._out).items() if name not in self._to_clear}
+        self._there = [task for task in self.tasks if record_files.are_listed(task.stem, sizes)]
+        is_complete = len(self._there) == len(self.tasks)
+        self._has_index = INDEX in sizes
+        self._finished_counts: dict[str, Any] | None = self._read_index(sizes) if is_complete else None
+        if self._finished_counts:
+            return
         self._records = {
-            task.stem: record
-            for task in self.tasks
-            if f"{task.stem}.json" not in self._to_clear and (record := read_record(self._out, task.stem))
+            stem: record
+            for stem, record in self._records.items()
+            if record_files.are_listed(stem, sizes) and sizes[record.name] == record.bytes and record.extra
         }
-        for record in self._records.values():
+        wanted = self._there if is_complete else self.own
+        unread = [task.stem for task in wanted if task.stem not in self._records]
+        for stem, record in record_files.read(self._out, unread, sizes).items():
             self._compare(record.extra)
+            self._records[stem] = _without_identity(record)
+        self._there = [task for task in self._there if task.stem in self._records or task not in wanted]
 
-    def part(self, number: int, parts: int) -> list[Task]:
-        """Run `number`, from 0, of so many runs of whole shards."""
-        first, last = (i * len(self.tasks) // parts for i in (number, number + 1))
-        return self.tasks[first:last]
+    def _read_index(self, sizes: Mapping[str, int]) -> dict[str, Any] | None:
+        """The totals of a finished set, whose records are those of its index; None if it is not finished."""
+        if not {INDEX, REJECTED} <= sizes.keys():
+            return None
+        try:
+            index = ShardSet.indexed(self._out)
+        except DataError:
+            return None
+        fits = [record.stem for record in index.shards] == [task.stem for task in self.tasks] and all(
+            sizes.get(record.name) == record.bytes for record in index.shards
+        )
+        if not fits or index.counts.keys() != totals([], None).keys():  # version 0.1 counted less
+            return None
+        self._records = {record.stem: record for record in index.shards}
+        return index.counts
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
         """The tasks whose shard does not exist."""
-        return [task for task in tasks if task.stem not in self._records]
+        there = {task.stem for task in self._there}
+        return [task for task in tasks if task.stem not in there]
 
     def chunks(self, tasks: Sequence[Task], workers: int) -> Iterator[list[NumberedInput]]:
         """The inputs of these shards, in chunks for so many workers."""
@@ -152,17 +190,24 @@ class ShardSetBuilder:
                     written.append(write_shard(self._out, task.stem, samples, extra))
                 except _Unfinished:
                     break
+                self._records[task.stem] = _without_identity(written[-1])
         return written
 
-    def _record_fields(self, counts: Counts, fingerprints: dict[str, str]) -> dict[str, Any]:
-        self._refuse_other_set()
+    def _identity(self) -> dict[str, Any]:
         classes = None if self.listing.classes is None else list(self.listing.classes)
-        fields = {"settings": self.settings.as_json(), "source": self._source, "classes": classes, **counts.as_json()}
-        return fields | ({"fingerprints": fingerprints} if fingerprints else {})
+        return {"settings": self.settings.as_json(), "source": self._source, "classes": classes}
+
+    def _record_fields(self, counts: Counts, fingerprints: dict[str, str]) -> dict[str, Any]:
+        if not self._is_begun:
+            self._compare(set_identity.claim(self._out, {"name": self._prefix, **self._identity()}))
+            if self._has_index:  # it would not fit shards made again
+                files.remove(files.join(self._out, INDEX))
+            self._is_begun = True
+        return self._identity() | counts.as_json() | ({"fingerprints": fingerprints} if fingerprints else {})
 
     def counts(self) -> dict[str, Any]:
-        """Totals over the shards that exist."""
-        return totals(self._records.values(), self.listing.classes)
+        """Totals of the set if it is complete, else of the shards of this job's part that exist."""
+        return self._finished_counts or totals(self._records.values(), self.listing.classes)
 
     def publish(self) -> None:
         """Write `rejected.jsonl`, and the index if there is a sample; nothing if both are up to date.
@@ -170,9 +215,9 @@ class ShardSetBuilder:
         Raises:
             DataError: no space left.
         """
-        records = [self._records[task.stem] for task in self.tasks]
-        if self._is_indexed(records):
+        if self._finished_counts:
             return
+        records = [self._records[task.stem] for task in self.tasks]
         for name, size in self._unfinished_files().items():
             if self._unfinished_at_start.get(name) == size:  # it has not grown: no job is writing it
                 files.remove(files.join(self._out, name))
@@ -186,27 +231,19 @@ class ShardSetBuilder:
             settings=self.settings.as_json(),
         )
 
-    def _is_indexed(self, records: list[ShardRecord]) -> bool:
-        try:
-            index = ShardSet.indexed(self._out)
-        except DataError:
-            return False
-        same = [shard.entry() for shard in index.shards] == [record.entry() for record in records]
-        return same and files.exists(files.join(self._out, REJECTED))
-
     def _unfinished_files(self) -> dict[str, int]:
         """Sizes of this set's files that are being written, or were when their writer was killed."""
-        return files.unfinished(self._out, lambda name: name in (INDEX, REJECTED) or _SHARD_FILE.fullmatch(name))
+        return files.unfinished(self._out, lambda name: name in _OF_SET or _SHARD_FILE.fullmatch(name))
 
     def _refuse_other_set(self) -> None:
-        """Refuse a directory that holds anything but the beginning of this set; one record suffices, as all agree."""
+        """Refuse a directory that holds anything but the beginning of this set."""
         if self._to_clear:
             refuse_foreign(self._out, re.compile("|".join(map(re.escape, self._to_clear))))
             return
         try:
             refuse_foreign(self._out, _UNCOMMITTED)
         except ConfigError:
-            previous = _previous(self._out)  # read after the check: other jobs may write records meanwhile
+            previous = _previous(self._out)  # read after the check: other jobs may begin the set meanwhile
             if previous is None:
                 raise
             self._compare(previous)
@@ -227,6 +264,12 @@ class ShardSetBuilder:
             raise ConfigError(
                 f"{self._out} is another set ({'; '.join(differing)}): choose another --out, or give --overwrite"
             )
+
+
+def _without_identity(record: ShardRecord) -> ShardRecord:
+    """A record without what is the same in all records of a set, of which there may be a million."""
+    extra = {name: value for name, value in record.extra.items() if name in ("counts", "rejected", "fingerprints")}
+    return replace(record, extra=extra)
 
 
 def _samples(
@@ -272,12 +315,13 @@ def files_to_clear(out: str) -> list[str]:
     if previous is None:
         return []
     shards = previous.get("shards") or [previous]
-    prefixes = {match[1] for shard in shards if (match := _SHARD_FILE.fullmatch(shard["name"]))}
-    names = sorted(files.listdir(out), key=lambda name: name != INDEX)  # first: without it the shards are no set
+    names = (str(shard["name"]) for shard in shards)  # in `set.json` the prefix itself
+    prefixes = {match[1] if (match := _SHARD_FILE.fullmatch(name)) else name for name in names}
     return [
         name
-        for name in names
-        if name in (INDEX, REJECTED)
+        # The index first: without it the shards are no set. What the set is made of last.
+        for name in sorted(files.listdir(out), key=lambda name: (name != INDEX, name == set_identity.FILE))
+        if name in _OF_SET
         or ((match := _SHARD_FILE.fullmatch(name)) and match[1] in prefixes)
         or _DERIVED.fullmatch(name)
     ]
@@ -299,7 +343,9 @@ def refuse_nesting(urls: Sequence[str], out: str) -> None:
 
 
 def _prefix(out: str) -> str:
-    """NAME of the shards: as in those that exist, else as the directory."""
+    """NAME of the shards: as in `set.json` or the shards that exist, else as the directory."""
+    if isinstance(name := (set_identity.read(out) or {}).get("name"), str):
+        return name
     for name in files.listdir(out):
         if match := _SHARD_FILE.fullmatch(name):
             return match[1]
@@ -308,9 +354,9 @@ def _prefix(out: str) -> str:
 
 
 def _previous(out: str) -> dict[str, Any] | None:
-    """The index, or else one record, of the set that `ddpm shard` has begun in `out`; None if there is none."""
+    """`set.json`, or else the index or one record, of the set that `ddpm shard` has begun in `out`; or None."""
     names = [name for name in files.listdir(out) if _SHARD_FILE.fullmatch(name) and name.endswith(".json")]
-    for name in [INDEX, *names]:
+    for name in [set_identity.FILE, INDEX, *names]:
         try:
             value = files.read_json(files.join(out, name))
         except (FileNotFoundError, NotADirectoryError, DataError):

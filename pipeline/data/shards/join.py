@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pipeline.data.shards import record_files
 from pipeline.data.shards.shard_set import REJECTED, ShardRecord, read_record, rejected_lines, write_index
 from pipeline.data.sources.inputs import NOT_IMAGES
 from pipeline.data.sources.labels import class_names
@@ -164,10 +165,8 @@ def collect(tars: Sequence[str]) -> list[ShardRecord]:
     """
     by_number: dict[int, tuple[str, ShardRecord]] = {}
     first: tuple[str, ShardRecord] | None = None
-    for tar in tars:
-        directory, _, name = tar.rpartition("/")
-        match = _NUMBERED.fullmatch(name)
-        record = read_record(directory or ".", name.removesuffix(".tar")) if match else None
+    for tar, record in zip(tars, record_files.together(_record, tars)):
+        match = _NUMBERED.fullmatch(tar.rpartition("/")[2])
         if match is None or record is None or not {"settings", "source", "counts"} <= record.extra.keys():
             raise DataError(f"{tar} is no whole shard of `ddpm shard`: no record fits it: {_AGAIN}, or leave it out")
         first = first or (tar, record)
@@ -187,6 +186,11 @@ def collect(tars: Sequence[str]) -> list[ShardRecord]:
             f"shards {', '.join(missing[:_NAMES_SHOWN])}{more} of {expected} are missing: name them too, or {_AGAIN}"
         )
     return [replace(record, name=tar) for _, (tar, record) in sorted(by_number.items())]
+
+
+def _record(tar: str) -> ShardRecord | None:
+    directory, _, name = tar.rpartition("/")
+    return read_record(directory or ".", name.removesuffix(".tar")) if _NUMBERED.fullmatch(name) else None
 
 
 def _differing(then: dict[str, Any], now: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline import untrusted
 from pipeline.data.images import preprocess
-from pipeline.data.shards import shard_set
+from pipeline.data.shards import record_files, set_identity, shard_set
 from pipeline.data.shards.seeds import merged, parse_seeds, ranges_text, seeds_text, within, without
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
@@ -60,7 +61,9 @@ class SampleSet:
         Raises:
             ConfigError: naming the file or the settings.
         """
-        records = {i: record for i in recorded(self.url) if (record := _read(self.url, i))}
+        numbers = recorded(self.url)
+        read = record_files.together(partial(_read, self.url), numbers)
+        records = {i: record for i, record in zip(numbers, read) if record}
         if not records:
             shard_set.refuse_foreign(self.url, _UNCOMMITTED)
         for record in records.values():
@@ -108,8 +111,7 @@ class SampleSet:
                 yield shard_set.Sample(shard_set.key(seed), preprocess.encode(image, "png"), "png", label, meta)
 
         def record() -> dict[str, Any]:
-            if other := next((record for n in recorded(self.url) if (record := _read(self.url, n))), None):
-                self._compare(other)
+            self._compare(self._identity)
             asked = ranges_text(self.asked)
             return {
                 "seeds": seeds_text(seeds),
@@ -179,16 +181,26 @@ class SampleSet:
 
         Of several jobs on one set each may write it: they write the same bytes.
         """
-        if not all(self.committed(i).issuperset(self.seeds_in(i, seeds)) for i in self.numbers(seeds)):
-            return False
+        numbers = self.numbers(seeds)
+        for i, committed in zip(numbers, record_files.together(self.committed, numbers)):
+            if not committed.issuperset(self.seeds_in(i, seeds)):
+                return False
         if self.format == "tar":
-            records = [record for i in recorded(self.url) if (record := shard_set.read_record(self.url, stem(i)))]
+            records = record_files.read(self.url, map(stem, recorded(self.url)), files.sizes(self.url)).values()
             shard_set.write_index(
                 self.url, records, size=size, channels=channels, classes=classes,
                 source=f"checkpoint {self.provenance['checkpoint_sha256']}", settings=self.provenance,
                 counts={"taken": sum(record.samples for record in records)},
             )  # fmt: skip
         return True
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What `set.json` says; the first process to commit a shard creates it. Older sets have only their records."""
+        claimed = set_identity.claim(self.url, {"provenance": self.provenance})
+        if "provenance" not in claimed:
+            raise ConfigError(f"{self.url} holds another set ({set_identity.FILE}): choose another --out")
+        return claimed
 
     def _record(self, i: int) -> dict[str, Any] | None:
         record = _read(self.url, i)

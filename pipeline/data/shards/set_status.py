@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from pipeline.data.shards import sample_set, shard_set
+from pipeline.data.shards import record_files, sample_set, shard_set
 from pipeline.data.shards.seeds import merged, parse_seeds, ranges_text
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import DataError
@@ -78,8 +79,9 @@ def tars_of(url: str) -> ShardSet | None:
 
 def _records(url: str) -> list[shard_set.ShardRecord]:
     """The records of the tars of a set."""
-    stems = (match[1] for name in files.listdir(url) if (match := _SHARD_RECORD.fullmatch(name)))
-    return [record for stem in stems if (record := shard_set.read_record(url, stem))]
+    sizes = files.sizes(url)
+    stems = (match[1] for name in sorted(sizes) if (match := _SHARD_RECORD.fullmatch(name)))
+    return list(record_files.read(url, stems, sizes).values())
 
 
 def _of_index(shards: ShardSet) -> SetStatus:
@@ -129,7 +131,7 @@ def _of_records(records: list[shard_set.ShardRecord]) -> SetStatus:
 
 def _of_samples(url: str) -> SetStatus:
     provenance, numbers = sample_set.provenance(url), sample_set.recorded(url)
-    records = [record for i in numbers if (record := _read(url, i))]
+    records = [record for record in record_files.together(partial(_read, url), numbers) if record]
     there = merged(part for record in records for part in parse_seeds(record["seeds"]) if record["seeds"])
     asked = merged(part for record in records if "asked" in record for part in parse_seeds(record["asked"]))
     count, kind = sum(map(len, there)), str(provenance.get("format", "tar"))

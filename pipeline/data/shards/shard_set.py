@@ -20,7 +20,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ SIDECAR = np.dtype(
     ]
 )
 _INDEXED = ("name", "bytes", "sha256", "samples", "sidecar_sha256")
-_FIX = "run the command that made the set again: it makes only what is missing"
+_FIX = "run the command that made the set again: it makes only what is missing, or restore it from a copy"
 _REMAKE = "restore it from a copy, or make the set again with --overwrite"
 
 
@@ -305,28 +305,18 @@ class ShardSet:
 
     @staticmethod
     def open(url: str) -> ShardSet:
-        """Read the index and compare the size of every tar with it. A message names directories outside of the set.
+        """Read the index; a message names directories outside of the set. Each tar is checked when it is first read.
 
         Raises:
-            DataError: no such directory, no index, a newer or damaged one, or a tar missing or cut short.
+            DataError: no such directory, no index, or a newer or damaged one.
         """
         shards = ShardSet.indexed(url)
         shards.report_tar_locations()
-        for i, record in enumerate(shards.shards):
-            try:
-                size = files.size(shards.tar(i))
-            except FileNotFoundError as error:
-                raise DataError(f"{shards.tar(i)} is missing: {_FIX}, or restore it from a copy") from error
-            if size != record.bytes:
-                raise DataError(
-                    f"{shards.tar(i)} is cut short or changed: {size} bytes, the index says {record.bytes}: "
-                    f"{_FIX}, or restore it from a copy"
-                )
         return shards
 
     @staticmethod
     def indexed(url: str) -> ShardSet:
-        """Read the index only; the tars are not checked.
+        """Read the index, without a message.
 
         Raises:
             DataError: no such directory, no index, or a newer or damaged one.
@@ -363,6 +353,20 @@ class ShardSet:
         """Path or URL of shard i's tar."""
         return resolve(self.url, self.shards[i].name)
 
+    def open_tar(self, i: int, offset: int) -> BinaryIO:
+        """Open shard i's tar at a byte offset.
+
+        Raises:
+            DataError: it is missing, or has another size than in the index.
+        """
+        tar, expected = self.tar(i), self.shards[i].bytes
+        try:
+            if (size := files.size(tar)) != expected:
+                raise DataError(f"{tar} is cut short or changed: {size} bytes, the index says {expected}: {_FIX}")
+            return files.open_read(tar, offset, expected)
+        except FileNotFoundError as error:
+            raise DataError(f"{tar} is missing: {_FIX}") from error
+
     def sidecar_path(self, i: int) -> str:
         """Path or URL of shard i's sidecar."""
         return resolve(self.url, f"{self.shards[i].stem}.npy")
@@ -382,7 +386,7 @@ class ShardSet:
         try:
             data = files.read_bytes(file)
         except FileNotFoundError as error:
-            raise DataError(f"{file} is missing: {_FIX}, or restore it from a copy") from error
+            raise DataError(f"{file} is missing: {_FIX}") from error
         if hashlib.sha256(data).hexdigest() != record.sidecar_sha256:
             raise DataError(f"{file} does not have the sha256 of the index: damaged or of another shard; {_REMAKE}")
         rows = untrusted.array_rows(data, SIDECAR, file)

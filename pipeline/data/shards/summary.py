@@ -41,7 +41,7 @@ class Summary:
     shards: int
     """In the whole set."""
     shards_there: int
-    """Shards that exist; fewer while other parts are being made. The counts above are of these shards."""
+    """Shards that exist; fewer while other parts are being made. Then the counts above are of this job's part."""
     shards_made: int
     """Shards that this job made."""
     seconds: float

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.shards import set_identity
 from pipeline.data.shards.index_tars import decoder
 from pipeline.data.shards.join import totals
 from pipeline.data.shards.sample_check import SampleChecker
@@ -95,12 +96,27 @@ def _verify_index(shards: ShardSet) -> Iterator[str]:
     for name, value in {"size": list(shards.size), "channels": shards.channels}.items():
         if settings.get(name) not in (None, value):
             yield f"{INDEX}: `{name}` is {value}, `settings` has {settings[name]}"
+    if set_identity.FILE in files.listdir(shards.url) and not _is_of(set_identity.read(shards.url), shards):
+        yield f"{set_identity.FILE}: damaged, or of another set than {INDEX}"
     if "checkpoint_sha256" in settings and source != f"checkpoint {settings['checkpoint_sha256']}":
         yield f"{INDEX}: `source` is not the checkpoint of `settings`"
     if settings.get("foreign"):
         expected = {"tars": len(shards.shards), "bytes": sum(record.bytes for record in shards.shards)}
         if source != expected:
             yield f"{INDEX}: `source` is {source}, the tars are {expected}"
+
+
+def _is_of(identity: dict[str, Any] | None, shards: ShardSet) -> bool:
+    """Whether `set.json` agrees with the index; not in the names of the sources, which may have been moved."""
+    if identity is None:
+        return False
+    source = identity.get("source")
+    same_source = source is None or (
+        isinstance(source, dict)
+        and isinstance(shards.source, dict)
+        and source.get("fingerprint") == shards.source.get("fingerprint")
+    )
+    return same_source and identity.get("provenance", identity.get("settings")) == shards.settings
 
 
 def _verify_sums(shards: ShardSet) -> Iterator[str]:

@@ -362,12 +362,8 @@ def test_a_shard_cut_at_any_block_never_ends_in_silence(tmp_path: Path) -> None:
     end = int(shards.sidecar(0)[-1]["offset"] + shards.sidecar(0)[-1]["length"])
     for cut in range(0, end, 512):
         tar.write_bytes(whole[:cut])
-        with pytest.raises(
-            DataError, match=r"set-000000\.tar: the sample in row \d+ is missing: the file is cut short"
-        ):
+        with pytest.raises(DataError, match=rf"set-000000\.tar is cut short or changed: {cut} bytes"):
             next(rank_batches(shards))
-        with pytest.raises(DataError, match=r"set-000000\.tar is cut short"):
-            ShardSet.open(str(tmp_path))
     tar.write_bytes(whole)
     assert next(rank_batches(shards)).labels.sort().values.tolist() == list(range(12))
 
