@@ -31,8 +31,9 @@ Result = TypeVar("Result")
 _TIMEOUT_S = 60.0
 _NOTE_EVERY_S = 60.0
 _LONGEST_PAUSE_S = 8.0
-_READ_AHEAD = 1 << 16, 1 << 23  # bytes of a request: the first after a seek, and the largest
-_BUFFER = 1 << 20
+_BLOCK = 1 << 16, 1 << 22  # bytes of a request: the first after a seek, and the largest
+_AHEAD = 1 << 20  # from this length on a block is requested while the one before is consumed
+_BUFFER = 1 << 16
 _THREADS = 16
 _WEB = ("http", "https")
 _CHAIN = re.compile(r"::[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -160,16 +161,18 @@ def _limit(fs: fsspec.AbstractFileSystem) -> dict[str, float]:
 
 
 def stream(url: str, size: int) -> BinaryIO:
-    """Open a remote file of this size; it is read by range requests."""
+    """Open a remote file of this size. It is read by range requests: one is under way while the last is consumed."""
     return cast(BinaryIO, io.BufferedReader(_RangedFile(url, size), _BUFFER))
 
 
 class _RangedFile(io.RawIOBase):
-    """Reads by range requests and knows its offset, so that it continues there after a connection breaks."""
+    """Reads a file in blocks, which grow while it is read in order; it continues where a connection breaks."""
 
     def __init__(self, url: str, size: int) -> None:
         self._url, self._size, self._at = url, size, 0
-        self._ahead, self._most = _READ_AHEAD
+        self._block = memoryview(b"")  # the bytes from `_at` on that have come and are not consumed
+        self._length = _BLOCK[0]
+        self._next: _Request | None = None
 
     def readable(self) -> bool:
         return True
@@ -184,25 +187,63 @@ class _RangedFile(io.RawIOBase):
         at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         if at < 0:
             raise OSError(errno.EINVAL, "an offset before the file", self._url)
-        if at != self._at:
-            self._at, self._ahead = at, _READ_AHEAD[0]
+        if self._at <= at <= self._at + len(self._block):
+            self._block = self._block[at - self._at :]
+        else:
+            self._block, self._length, self._next = memoryview(b""), _BLOCK[0], None
+        self._at = at
         return at
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._ahead, self._size - self._at)
-        if wanted <= 0:
-            return 0
-        data = attempt(self._url, partial(_part, start=self._at, end=self._at + wanted))
-        if len(data) < wanted:
-            RETRIES.add(self._url, f"{len(data)} bytes instead of {wanted}", note=True)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        self._ahead = min(2 * self._ahead, self._most)
-        return len(data)
+        if not self._block and self._at < self._size:
+            self._block = memoryview(self._take())
+        count = min(len(buffer), len(self._block))
+        buffer[:count] = self._block[:count]
+        self._at, self._block = self._at + count, self._block[count:]
+        return count
 
     def readall(self) -> bytes:
-        self._ahead = self._most
-        return b"".join(iter(partial(self.read, self._most), b""))
+        self._length = _BLOCK[1]
+        return b"".join(iter(partial(self.read, self._length), b""))
+
+    def _take(self) -> bytes:
+        """The block from here on; the request for the one after it begins."""
+        request = self._next or self._request(self._at)
+        data = request.result()
+        if len(data) < request.length:
+            RETRIES.add(self._url, f"{len(data)} bytes instead of {request.length}", note=True)
+        end = self._at + len(data)
+        self._length = min(2 * self._length, _BLOCK[1])
+        self._next = self._request(end) if self._length >= _AHEAD and end < self._size else None
+        return data
+
+    def _request(self, start: int) -> _Request:
+        return _Request(self._url, start, min(self._length, self._size - start))
+
+
+class _Request:
+    """One range of a file, read in a thread, which does not delay the end of the process."""
+
+    def __init__(self, url: str, start: int, length: int) -> None:
+        self.length = length
+        self._part = partial(attempt, url, partial(_part, start=start, end=start + length))
+        self._data = b""
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._data = self._part()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> bytes:
+        """The bytes, at least one. Raises the same as `attempt`."""
+        self._thread.join()
+        if self._error:
+            raise self._error
+        return self._data
 
 
 def _part(fs: fsspec.AbstractFileSystem, path: str, *, start: int, end: int) -> bytes:

@@ -79,6 +79,28 @@ def test_small_samples_do_not_cost_a_request_each(place: str, store: Faults, mon
     assert starts[0] == 100_000, "and nothing before the offset is read"
 
 
+def test_the_next_range_is_under_way_while_the_last_is_consumed_and_no_byte_comes_twice(
+    place: str, store: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, ranges = np.random.default_rng(1).bytes(20 << 20), list[tuple[int, int]]()
+    files.write_bytes(files.join(place, "x"), data)
+    monkeypatch.setattr(store, "draw", lambda request: ranges.append(_range(request)) or "")
+    with files.open_read(files.join(place, "x"), 0, len(data)) as file:
+        for start in range(0, len(data), 5 << 20):
+            assert file.read(5 << 20) == data[start : start + (5 << 20)]
+            consumed, deadline = start + (5 << 20), time.monotonic() + 20
+            while max(end for _, end in ranges) < min(consumed + (1 << 20), len(data)):
+                assert time.monotonic() < deadline, "nothing is read ahead"
+                time.sleep(0.01)
+            assert max(end for _, end in ranges) <= consumed + 2 * (4 << 20)
+    assert sum(end - start for start, end in ranges) == len(data) and len(ranges) <= 11
+
+
+def _range(request: str) -> tuple[int, int]:
+    start, end = request.split("bytes=")[1].split("-")
+    return int(start), int(end) + 1
+
+
 def test_exactly_one_of_many_creates_a_file(place: str, faulty: Faults) -> None:
     faulty.rate = 0.4  # few requests, of which the uploads are to fail too
     for round in range(5):
