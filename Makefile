@@ -33,34 +33,34 @@ runs/demo/DONE: | shards/digits/index.json
 shards/digits/index.json: | $(VENV)/ready
 	$(BIN)/ddpm shard shards/digits.zip --out shards/digits --size 8 --channels 1
 
-test: $(VENV)/ready
+test: $(VENV)/dev
 	$(PYTEST)
 
-quick: $(VENV)/ready  ## under two minutes on 2 cores: no test file of tests/conftest.py's LONG, but one run from images to samples
+quick: $(VENV)/dev  ## under two minutes on 2 cores: no test file of tests/conftest.py's LONG, but one run from images to samples
 	$(PYTEST) --quick
 
-soak: $(VENV)/ready  ## 30 SIGKILLs over one run of 3 ranks, and over 3 processes that draw one sample set; half an hour
+soak: $(VENV)/dev  ## 30 SIGKILLs over one run of 3 ranks, and over 3 processes that draw one sample set; half an hour
 	DDPM_KILLS=30 $(BIN)/python -m pytest -s --timeout 3600 tests/laws/test_exact_resume.py -k killed_at_any_moment
 	DDPM_SEEDS=5000 DDPM_KILLS=30 $(BIN)/python -m pytest -s --timeout 3600 tests/laws/test_seed_identity.py -k killed_at_random
 
-fuzz: $(VENV)/ready  ## a minute for each parser of foreign bytes; what it finds lands in tests/fuzz/corpus
+fuzz: $(VENV)/dev  ## a minute for each parser of foreign bytes; what it finds lands in tests/fuzz/corpus
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	for parser in $(PARSERS); do echo "== $$parser"; $(BIN)/python tests/fuzz/fuzz.py $$parser || exit 1; done
 
-lint: $(VENV)/ready
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-schema: $(VENV)/ready  ## after a change of pipeline/config.py: the schema, and docs/configuration.md
+schema: $(VENV)/dev  ## after a change of pipeline/config.py: the schema, and docs/configuration.md
 	$(BIN)/python -c "import json, pipeline.config as c; print(json.dumps(c.Config.model_json_schema(), indent=1))" > configs/config.schema.json.new
 	mv configs/config.schema.json.new configs/config.schema.json
 	$(BIN)/python -m tests.repo.configuration_page
 
-quality: samples/demo.png  ## do the demo's samples show what they were asked for?
+quality: samples/demo.png $(VENV)/dev  ## do the demo's samples show what they were asked for?
 	$(BIN)/python benchmarks/demo_quality.py
 
-bench: $(VENV)/ready  ## what fits a CPU, with the peers in the same run; a quarter of an hour
+bench: $(VENV)/dev  ## what fits a CPU, with the peers in the same run; a quarter of an hour
 	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python benchmarks/$$script || exit 1; done
 
 clean:
@@ -69,7 +69,12 @@ clean:
 # torch first and alone: its pin keeps the other packages from choosing another build.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@echo 'installing torch and this project into $(VENV), once: two minutes, 1.5 GB'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+$(VENV)/dev: $(VENV)/ready
+	@echo 'installing what the tests need into $(VENV), once: two minutes, 0.5 GB'
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

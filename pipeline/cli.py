@@ -20,6 +20,7 @@ from pipeline.commands.report import report
 from pipeline.errors import ConfigError, DataError, NoCheckpoint, PipelineError, Stopped
 
 _INTERRUPTED = 130
+_CONTINUES = "what is saved stays, and the same command continues from there"
 _SHARED = (ConfigError.exit_code, NoCheckpoint.exit_code, Stopped.exit_code)
 """Exit codes of errors that all processes of a job have alike."""
 _HEAD_START_S = 2.0
@@ -62,7 +63,7 @@ def main(words: list[str] | None = None) -> NoReturn:
                 raise
             _exit(suggestions.explain(error, words, get_command(app)), 2, told_elsewhere=is_later)
     if code == _INTERRUPTED and not is_later:
-        _exit("interrupted: finished parts stay, the same command continues from there", _INTERRUPTED)
+        _exit(f"interrupted: {_CONTINUES}", _INTERRUPTED)
     sys.exit(code or 0)
 
 
@@ -70,7 +71,8 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     if not is_first_of_node():
         report_exit_code(Stopped.exit_code)
         sys.exit(Stopped.exit_code)
-    _exit(f"stopped by {signal.Signals(number).name}: the same command continues from there", Stopped.exit_code)
+    what_stays = "a dry run writes nothing" if "--dry-run" in sys.argv else _CONTINUES
+    _exit(f"stopped by {signal.Signals(number).name}: {what_stays}", Stopped.exit_code)
 
 
 def _exit(message: str, code: int, *, told_elsewhere: bool = False) -> NoReturn:

@@ -45,6 +45,9 @@ from pipeline.training.run_log import RunLog
 from pipeline.training.start import ResumePoint
 from pipeline.training.trainer import REMEDY, StepVote, Trainer
 
+_MANY_PARAMETERS = 10_000_000
+"""For a CPU: 3 seconds a step of 128 images of 32 px, on 2 cores."""
+
 
 def train(config: Config, *, overrides: Collection[str] = (), quiet: bool = False) -> None:
     """Train until the run's last step, resuming from its newest checkpoint if there is one.
@@ -64,7 +67,7 @@ def train(config: Config, *, overrides: Collection[str] = (), quiet: bool = Fals
         RunHeld: another job holds the run.
     """
     with ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt("" if quiet else "this step is saved first"))
+        interrupt = stack.enter_context(Interrupt("" if quiet else "this step is finished and saved first"))
         interrupt.set_time_limit(config.run.time_limit or inf)
         if config.data.workers:
             start_worker_server()  # it imports torch while this process joins the others and builds the network
@@ -298,6 +301,8 @@ def _make_trainer(config: Config, ranks: World, point: ResumePoint) -> tuple[Tra
         weights, step = model.weights, model.state.get("step")
         origin += f" with the weights of {config.train.init_from}" + f" (step {step})" * (step is not None)
     trainer = Trainer(config, ranks, weights)
+    if ranks.is_main and ranks.device.type == "cpu":
+        _warn_of_a_slow_cpu(trainer)
     resume.restore(trainer, point)
     check_world(trainer.state.lanes, ranks.size)
     trainer.choose_micro_batch()
@@ -339,10 +344,20 @@ def _log_start(log: RunLog, trainer: Trainer, shards: ShardSet, origin: str) -> 
         f"{ranks.size} process{'es' * (ranks.size > 1)} × {accumulated} accumulation × {state.micro_batch} images; "
         f"{section.precision}, checkpointing {state.checkpointing}"
     )
-    if ranks.is_main and ranks.device.type == "cpu" and section.precision == "bf16" and not cpu_has_bf16():
-        log.warn(
+
+
+def _warn_of_a_slow_cpu(trainer: Trainer) -> None:
+    """Say before the first step, which may take minutes, what is too much for a CPU."""
+    if trainer.config.train.precision == "bf16" and not cpu_has_bf16():
+        messages.warning(
             "this CPU has no instructions for bf16 and may be thirty times faster in fp32: start a new run "
             "with train.precision=fp32"
+        )
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    if parameters > _MANY_PARAMETERS:
+        messages.warning(
+            f"a network of {parameters:,} parameters trains on the CPU: a step may take minutes; configs/trial.yaml is "
+            "made for a CPU"
         )
 
 

@@ -31,7 +31,10 @@ def record_errors(
     """
     try:
         yield
-    except (Stopped, RunHeld):
+    except RunHeld:
+        raise
+    except (Stopped, KeyboardInterrupt):
+        clear_stall(run_dir)
         raise
     except Exception as error:
         if not is_lost_contact(error):
@@ -53,6 +56,13 @@ def record_errors(
 def record_stall(run_dir: str, heartbeat: Heartbeat, diagnosis: str) -> None:
     """Record that this rank makes no progress: a time limit may kill the process before it raises an error."""
     _write(run_dir, heartbeat, RankLost(f"no progress: {diagnosis}"), None)
+
+
+def clear_stall(run_dir: str) -> None:
+    """Remove the record of a stall, which has passed; keep that of an error."""
+    with suppress(PipelineError, OSError):
+        if (earlier := read(run_dir)) and not earlier["trace"]:
+            clear(run_dir)
 
 
 def read(run_dir: str) -> dict[str, Any] | None:
@@ -79,7 +89,5 @@ def _write(run_dir: str, heartbeat: Heartbeat, error: Exception, trace: str | No
         "exit_code": getattr(error, "exit_code", 1),
     }
     with suppress(PipelineError, OSError):
-        earlier = read(run_dir)
-        if earlier and not earlier["trace"]:
-            clear(run_dir)  # a stall, which may have passed
+        clear_stall(run_dir)
         files.create(RunDir(run_dir).failed, (json.dumps(content, indent=1) + "\n").encode())

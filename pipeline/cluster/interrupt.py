@@ -100,7 +100,7 @@ class Interrupt:
     def _request(self, reason: str) -> None:
         is_news, self.requested = self.requested is None, reason
         if is_news and self._first and not launch_environment.count("RANK", 0):
-            again = "; Ctrl-C again does not wait" if reason == "SIGINT" else ""
+            again = "; Ctrl-C again stops at once, without saving" if reason == "SIGINT" else ""
             messages.info(f"stopping ({reason}): {self._first}{again}")
 
     def _poll(self) -> None:

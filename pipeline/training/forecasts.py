@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+from pipeline import messages
 from pipeline.cluster.world import World
 from pipeline.data.loading.batches import Batches
 from pipeline.forecast import Forecast
@@ -25,6 +26,8 @@ class Measured(NamedTuple):
 
 def measure(trainer: Trainer, batches: Batches) -> Measured:
     """Take a step, which may compile, then measure two. Every rank must call this; the trainer is of no use after."""
+    if trainer.world.is_main:
+        messages.info(f"taking {1 + _STEPS} steps of {trainer.config.train.global_batch} images, to measure their time")
     for number in range(1 + _STEPS):
         if number == 1:
             started = time.monotonic()

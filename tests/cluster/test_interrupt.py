@@ -60,7 +60,7 @@ def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
 def test_the_first_request_is_answered_at_once_and_by_one_rank(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number, again in ((signal.SIGTERM, ""), (signal.SIGINT, "; Ctrl-C again does not wait")):
+    for number, again in ((signal.SIGTERM, ""), (signal.SIGINT, "; Ctrl-C again stops at once, without saving")):
         with Interrupt("this step is saved first"):
             send(number)
             answer = capsys.readouterr().err

@@ -10,6 +10,7 @@ closes them or is gone. They are never forked from the rank itself: no fsspec in
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -365,6 +366,7 @@ def _start(pipeline: DataPipeline, workers: int) -> Iterator[_Chunk | PipelineEr
     """Start the pipeline in so many processes, which prefetch from now on."""
     if workers:
         start_worker_server()
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
     loader = DataLoader(
         pipeline,
         batch_size=None,
