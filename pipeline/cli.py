@@ -27,9 +27,9 @@ _HEAD_START_S = 2.0
 
 app = typer.Typer(
     help="DDPM at cluster scale: images → shards → run → samples → figures.\n\n"
-    "Exit codes: 0 done, 2 usage or configuration, 3 data refused, 4 no valid checkpoint, 75 stopped on request and "
-    "resumable, 130 interrupted twice, 1 a bug.\n\n"
-    "`ddpm COMMAND -h` shows the common options on one screen, `ddpm COMMAND --help` explains all.",
+    "Exit codes: 0 done, 2 error in the command line or configuration, 3 data cannot be used, 4 no valid checkpoint, "
+    "75 stopped on request and resumable, 130 interrupted twice, 1 a bug.\n\n"
+    "`ddpm COMMAND -h` shows the common options on one screen, `ddpm COMMAND --help` explains all options.",
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -62,7 +62,7 @@ def main(words: list[str] | None = None) -> NoReturn:
                 raise
             _exit(suggestions.explain(error, words, get_command(app)), 2, told_elsewhere=is_later)
     if code == _INTERRUPTED and not is_later:
-        _exit("interrupted: finished parts stay, the same command continues from there", _INTERRUPTED)
+        _exit("interrupted: finished parts are kept; the same command continues from there", _INTERRUPTED)
     sys.exit(code or 0)
 
 
