@@ -248,7 +248,7 @@ class Config(Section):
         (height, width), levels, stride = self.data.height_width, len(self.model.channel_mults), self.model.stride
         groups, base, dropout = self.model.norm_groups, self.model.base_channels, self.model.dropout
         if self.model.num_heads and self.model.head_channels:
-            yield "model.num_heads and model.head_channels exclude each other: drop one"
+            yield "model.num_heads and model.head_channels cannot both be set: remove one"
         if groups != "auto" and base % groups:
             yield f"model.norm_groups {groups} does not divide model.base_channels {base}: change one of them"
         if isinstance(dropout, tuple) and len(dropout) != levels:
@@ -258,7 +258,7 @@ class Config(Section):
             yield f"diffusion.loss_weighting={weighting} needs model.learned_variance=true: set it"
         if height % stride or width % stride:
             yield (
-                f"data.size {height}x{width} cannot be halved {levels - 1} times: take a multiple of {stride}, "
+                f"data.size {height}x{width} cannot be halved {levels - 1} times: use a multiple of {stride}, "
                 "or fewer model.channel_mults"
             )
 
@@ -268,9 +268,9 @@ class Config(Section):
         if interval and not interval[0] <= interval[1] < total:
             yield f"sample.guidance_interval {interval} is not within the timesteps [0, {total}): give [first, last]"
         if visited and options.spacing != "auto":
-            yield f"sample.timesteps and sample.spacing={options.spacing} exclude each other: drop one"
+            yield f"sample.timesteps and sample.spacing={options.spacing} cannot both be set: remove one"
         if visited and list(visited) != sorted({t for t in visited if t < total}, reverse=True):
-            yield f"sample.timesteps must descend within [0, {total}): sort them and drop repetitions"
+            yield f"sample.timesteps must descend within [0, {total}): sort them and remove repeated ones"
         if (options.steps or 0) > total:
             yield f"sample.steps {options.steps} exceeds diffusion.timesteps {total}: lower it"
 
@@ -283,9 +283,9 @@ class Config(Section):
         if self.run.evaluate_every and not self.run.evaluate_features:
             yield "run.evaluate_every needs run.evaluate_features: set it to a feature file, or to inception"
         if len(set(self.train.ema_lengths)) < len(self.train.ema_lengths):
-            yield f"train.ema_lengths {list(self.train.ema_lengths)} has a length twice: drop one"
+            yield f"train.ema_lengths {list(self.train.ema_lengths)} has a length twice: remove one"
         if self.train.lr_stages and self.train.lr_schedule != "constant":
-            yield f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} exclude each other: drop one"
+            yield f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} cannot both be set: remove one"
 
     def in_steps(self, samples: int, past: Sequence[tuple[int, int]] = ()) -> Config:
         """The same configuration with every length in steps.
@@ -309,7 +309,7 @@ class Config(Section):
             return Config.model_validate(values)
         except ValidationError as error:  # 0ep is a length, but not of a run
             keys = ", ".join(dict.fromkeys(".".join(map(str, problem["loc"][:2])) for problem in error.errors()))
-            raise ConfigError(f"{keys}: no steps at {samples} images an epoch: give a longer one") from error
+            raise ConfigError(f"{keys}: 0 steps with {samples} images in an epoch: give a longer length") from error
 
 
 PATHS = {("data", "shards"), ("data", "val_shards"), ("train", "init_from"), ("run", "dir"),

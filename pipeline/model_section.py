@@ -97,7 +97,7 @@ class ModelSection(Section):
             return None
         return (
             f"model.norm_groups={self.groups} leaves one channel a group where channel_mults is "
-            f"{self.groups // self.base_channels}: there the network ignores timestep and class; train anew with "
+            f"{self.groups // self.base_channels}: there the network ignores timestep and class; train a new run with "
             "model.norm_groups=auto"
         )
 
