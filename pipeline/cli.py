@@ -20,7 +20,7 @@ from pipeline.commands.report import report
 from pipeline.errors import ConfigError, DataError, NoCheckpoint, PipelineError, Stopped
 
 _INTERRUPTED = 130
-_CONTINUES = "what is saved stays, and the same command continues from there"
+_CONTINUES = "finished parts are kept; the same command continues from there"
 _SHARED = (ConfigError.exit_code, NoCheckpoint.exit_code, Stopped.exit_code)
 """Exit codes of errors that all processes of a job have alike."""
 _HEAD_START_S = 2.0
@@ -28,9 +28,9 @@ _HEAD_START_S = 2.0
 
 app = typer.Typer(
     help="DDPM at cluster scale: images → shards → run → samples → figures.\n\n"
-    "Exit codes: 0 done, 2 usage or configuration, 3 data refused, 4 no valid checkpoint, 75 stopped on request and "
-    "resumable, 130 interrupted twice, 1 a bug.\n\n"
-    "`ddpm COMMAND -h` shows the common options on one screen, `ddpm COMMAND --help` explains all.",
+    "Exit codes: 0 done, 2 error in the command line or configuration, 3 data cannot be used, 4 no valid checkpoint, "
+    "75 stopped on request and resumable, 130 interrupted twice, 1 a bug.\n\n"
+    "`ddpm COMMAND -h` shows the common options on one screen, `ddpm COMMAND --help` explains all options.",
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 _COMMANDS: dict[str, Callable[..., None]] = {

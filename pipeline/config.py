@@ -48,7 +48,7 @@ class DataSection(Section):
     """Number of parallel streams of data. It must divide the global batch, and every world size must divide it.
     Default: the largest divisor of the global batch up to 64."""
     window: PositiveInt = 256
-    """Size of the shuffle buffer of a lane, in samples: the largest distance that shuffling moves a sample."""
+    """Size of the shuffle buffer of a lane, in samples: shuffling moves a sample at most this far."""
     workers: NonNegativeInt = 2
     """Loader processes of each rank; 0: the training process reads. The order of the data does not depend on it."""
 
@@ -59,7 +59,7 @@ class DataSection(Section):
 
 
 class DiffusionSection(Section):
-    """The forward process and what the network is asked to predict."""
+    """The forward process, and what the network predicts."""
 
     timesteps: Annotated[int, Field(ge=2, lt=2**24)] = 1000
     """Number of noise levels, T."""
@@ -72,7 +72,7 @@ class DiffusionSection(Section):
     """Lowest log-SNR, that of the last timestep; a schedule that goes lower is stretched. Cosine ends at -20, where
     min_snr leaves the network almost untrained; -9 is the largest noise of Karras et al. 2022 (σ about 80)."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    """What the network predicts: the noise ε, the clean image x₀, or the velocity v."""
+    """What the network predicts: the noise ε (epsilon), the clean image x₀ (sample), or the velocity v."""
     loss_weighting: Literal["simple", "min_snr", "soft_min_snr", "sigmoid", "hybrid", "vlb"] = "simple"
     """Weight of a timestep in the loss. simple: 1 (Ho et al. 2020, eq. 14); min_snr: min-SNR-γ (Hang et al. 2023);
     soft_min_snr: γ SNR/(SNR + γ) for x₀ (Crowson et al. 2024); sigmoid: sigmoid(b - log SNR) for ε, uniform in log SNR
@@ -81,7 +81,7 @@ class DiffusionSection(Section):
     min_snr_gamma: PositiveFloat = 5.0
     """γ of min_snr and soft_min_snr."""
     sigmoid_bias: float = -1.0
-    """b of sigmoid: the lower, the more weight have noisy timesteps; SiD2 takes -1 to -3, lower for larger images."""
+    """b of sigmoid. A lower value gives noisy timesteps more weight; SiD2 uses -1 to -3, lower for larger images."""
 
 
 class TrainSection(Section):
@@ -92,7 +92,7 @@ class TrainSection(Section):
     global_batch: PositiveInt = 128
     """Images in a step, summed over all ranks: the same on 1 GPU and on 64."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
-    """Images in one pass of a rank through the network. auto: the most that fits; found once, stored with the run."""
+    """Images in one pass of a rank through the network. auto: the largest number that fits, found once and stored."""
     lr: PositiveFloat = 2e-4
     """Learning rate of Adam."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -104,14 +104,14 @@ class TrainSection(Section):
     clip_norm: PositiveFloat = 1.0
     """Largest total norm of the gradients; larger ones are scaled down to it."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast of the network. Schedule, loss, statistics, weights, optimizer and EMA are float32 in either case."""
+    """Autocast of the network. Schedule, loss, statistics, weights, optimizer and EMA are always float32."""
     checkpointing: Literal["none", "attention", "blocks", "full", "auto"] = "none"
     """Activations to recompute in the backward pass instead of storing them. attention: attention and the cheap layers
-    before each convolution; blocks: also convolutions of a block; full: also resampling; auto: as little as fits."""
+    before each convolution; blocks: also convolutions of a block; full: also resampling; auto: the least that fits."""
     compile: bool = False
     """Compile the network's blocks with torch.compile."""
     gradient_compression: Literal["none", "bf16"] = "none"
-    """bf16: ranks exchange and sum gradients in bf16, half the bits, for slow connections between them."""
+    """bf16: ranks exchange and sum gradients in bf16: half the bits, for slow connections between ranks."""
     deterministic: bool = False
     """Use deterministic kernels only: slower, but needed for bit-identical runs on CUDA."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
@@ -129,8 +129,8 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the initial weights, data order, timesteps, noise and dropout."""
     max_bad_steps: PositiveInt = 10
-    """Number of consecutive steps with a non-finite loss or gradient after which the run fails; such steps change no
-    weights. The run also fails instead of saving weights that give no finite loss."""
+    """The run fails after this number of consecutive steps with a non-finite loss or gradient; such a step changes no
+    weights. The run also fails before it saves weights that give no finite loss."""
 
 
 class SamplingOptions(Section):
@@ -144,34 +144,34 @@ class SamplingOptions(Section):
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Noise of ddim, η: 0 is deterministic, 1 adds as much noise as ddpm."""
     spacing: Spacing = "auto"
-    """Which timesteps the steps visit. auto: the best for the sampler."""
+    """Which timesteps the sampler visits. auto: the best spacing for the sampler."""
     timesteps: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     """The timesteps to visit, descending, instead of steps and spacing."""
     max_step_ratio: PositiveFloat | None = 2.0
     """dpmpp and dpmpp3m take a step with order 1 if it is longer than the previous one by this factor; null: never."""
     variance: FixedVariance = "fixed_large"
-    """Variance of a ddpm step: β (fixed_large), or that of the posterior (fixed_small). A model that has learned its
+    """Variance of a ddpm step: β (fixed_large), or the variance of the posterior (fixed_small). A model with learned
     variance uses its own."""
     guidance: NonNegativeFloat = 1.0
-    """Strength of guidance, by the label or by another model: 1 is none, more follows the label more closely."""
+    """Strength of guidance, by the label or by another model. 1: no guidance; larger: closer to the label."""
     guidance_interval: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """First and last timestep with guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724). Default: all timesteps."""
     clip: bool = True
     """Clip estimates of the clean image to [-1, 1] at each step, as in the paper's code."""
     dynamic_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Before clipping, divide x₀ by this quantile of its absolute values where that is above 1, such as 0.995: for
-    strong guidance (Saharia et al. 2022, arXiv:2205.11487). Default: only clip."""
+    """Before clipping, divide x₀ by this quantile of its absolute values, such as 0.995, if that is above 1; for strong
+    guidance (Saharia et al. 2022, arXiv:2205.11487). Default: only clip."""
     batch: PositiveInt = 64
-    """Images drawn together. The last bits of an image depend on it."""
+    """Images in one batch. The last bits of an image depend on the batch size."""
     precision: Literal["bf16", "fp32"] | None = None
     """Number format of the network. Default: as trained."""
     label: NonNegativeInt | None = None
-    """Class of all images, a number from 0. Default: all classes in turn, by seed."""
+    """Class of all images, a number from 0. Default: seed modulo the number of classes."""
     size: Size | None = None
     """Height and width of the images in pixels. Default: as trained."""
     compile: bool = False
-    """Compile the network's blocks with torch.compile; previews do not. It changes the last bits, so a sample set is
-    drawn either wholly with it or wholly without; on a GPU the bits may also differ between processes."""
+    """Compile the network's blocks with torch.compile, except for previews. This changes the last bits of images: draw
+    all images of a sample set with it or all without it. On a GPU the bits may also differ between processes."""
 
     @property
     def height_width(self) -> tuple[int, int] | None:
@@ -189,10 +189,10 @@ class RunSection(Section):
     keep_last: Annotated[int, Field(ge=2)] = 3
     """Number of newest checkpoints to keep."""
     keep_every: Length = 0
-    """Checkpoints at multiples of this are kept forever; 0: only the newest are kept."""
+    """Checkpoints at multiples of this step are kept forever; 0: only the newest checkpoints are kept."""
     ema_snapshot_every: Length = 0
-    """Steps between snapshots of the averages of train.ema_lengths, from which `ddpm sample --ema-length` makes an
-    average of any length; at least 16 snapshots in a run. 0: none; it cannot be turned on later."""
+    """Steps between snapshots of the averages of train.ema_lengths; `ddpm sample --ema-length` computes an average of
+    another length from them. Use at least 16 snapshots in a run. 0: none; a run cannot turn them on later."""
     preview_every: Length = 5000
     """Steps between preview grids, drawn with EMA weights from fixed seeds; 0: no previews."""
     preview_samples: PositiveInt = 64
@@ -204,17 +204,17 @@ class RunSection(Section):
     val_samples: PositiveInt = 5000
     """Images of data.val_shards that a validation loss uses."""
     evaluate_every: Length = 0
-    """Steps between evaluations with EMA weights, against data.val_shards or else data.shards; 0: none."""
+    """Steps between evaluations with EMA weights, against data.val_shards if it is set, else data.shards; 0: none."""
     evaluate_samples: Annotated[int, Field(ge=2)] = 2048
-    """Images drawn for an evaluation, as `sample` says."""
+    """Images drawn for an evaluation, with the options of section sample."""
     evaluate_features: str = ""
-    """Their features: --features of `ddpm evaluate`."""
+    """Network that computes the features of an evaluation: --features of `ddpm evaluate`."""
     log_every: PositiveLength = 50
     """Steps between lines in TensorBoard and log.jsonl."""
     timeout: Duration = 600.0
     """How long ranks wait for each other before the run fails: seconds, or 10m."""
     time_limit: Duration | None = None
-    """Save and stop before this time is over, so that the run can be started again: seconds, or 12h."""
+    """Save and stop before the command has run this long; the same command continues: seconds, or 12h."""
 
 
 class Config(Section):
@@ -248,7 +248,7 @@ class Config(Section):
         (height, width), levels, stride = self.data.height_width, len(self.model.channel_mults), self.model.stride
         groups, base, dropout = self.model.norm_groups, self.model.base_channels, self.model.dropout
         if self.model.num_heads and self.model.head_channels:
-            yield "model.num_heads and model.head_channels exclude each other: drop one"
+            yield "model.num_heads and model.head_channels cannot both be set: remove one"
         if groups != "auto" and base % groups:
             yield f"model.norm_groups {groups} does not divide model.base_channels {base}: change one of them"
         if isinstance(dropout, tuple) and len(dropout) != levels:
@@ -258,7 +258,7 @@ class Config(Section):
             yield f"diffusion.loss_weighting={weighting} needs model.learned_variance=true: set it"
         if height % stride or width % stride:
             yield (
-                f"data.size {height}x{width} cannot be halved {levels - 1} times: take a multiple of {stride}, "
+                f"data.size {height}x{width} cannot be halved {levels - 1} times: use a multiple of {stride}, "
                 "or fewer model.channel_mults"
             )
 
@@ -268,9 +268,9 @@ class Config(Section):
         if interval and not interval[0] <= interval[1] < total:
             yield f"sample.guidance_interval {interval} is not within the timesteps [0, {total}): give [first, last]"
         if visited and options.spacing != "auto":
-            yield f"sample.timesteps and sample.spacing={options.spacing} exclude each other: drop one"
+            yield f"sample.timesteps and sample.spacing={options.spacing} cannot both be set: remove one"
         if visited and list(visited) != sorted({t for t in visited if t < total}, reverse=True):
-            yield f"sample.timesteps must descend within [0, {total}): sort them and drop repetitions"
+            yield f"sample.timesteps must descend within [0, {total}): sort them and remove repeated ones"
         if (options.steps or 0) > total:
             yield f"sample.steps {options.steps} exceeds diffusion.timesteps {total}: lower it"
 
@@ -283,9 +283,9 @@ class Config(Section):
         if self.run.evaluate_every and not self.run.evaluate_features:
             yield "run.evaluate_every needs run.evaluate_features: set it to a feature file, or to inception"
         if len(set(self.train.ema_lengths)) < len(self.train.ema_lengths):
-            yield f"train.ema_lengths {list(self.train.ema_lengths)} has a length twice: drop one"
+            yield f"train.ema_lengths {list(self.train.ema_lengths)} has a length twice: remove one"
         if self.train.lr_stages and self.train.lr_schedule != "constant":
-            yield f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} exclude each other: drop one"
+            yield f"train.lr_stages and train.lr_schedule={self.train.lr_schedule} cannot both be set: remove one"
 
     def in_steps(self, samples: int, past: Sequence[tuple[int, int]] = ()) -> Config:
         """The same configuration with every length in steps.
@@ -309,7 +309,7 @@ class Config(Section):
             return Config.model_validate(values)
         except ValidationError as error:  # 0ep is a length, but not of a run
             keys = ", ".join(dict.fromkeys(".".join(map(str, problem["loc"][:2])) for problem in error.errors()))
-            raise ConfigError(f"{keys}: no steps at {samples} images an epoch: give a longer one") from error
+            raise ConfigError(f"{keys}: 0 steps with {samples} images in an epoch: give a longer length") from error
 
 
 PATHS = {("data", "shards"), ("data", "val_shards"), ("train", "init_from"), ("run", "dir"),

@@ -186,7 +186,7 @@ _REQUIRED = {("run", "dir"), ("data", "shards")}
 def _read_file(name: str, read: Callable[[str], str], children: tuple[str, ...]) -> tuple[dict[str, Any], _Locations]:
     """Values of a YAML file over those of its parent, and the location (`file:line`) of each key."""
     if len(children) > _MAX_PARENTS:
-        raise ConfigError(f"{name}: base: leads back to itself")
+        raise ConfigError(f"{name}: base: the files name each other as parents")
     locations: _Locations = {}
     try:
         loader = _Loader(read(name))

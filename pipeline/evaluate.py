@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline import path_kind
 from pipeline.checkpoints.checkpoint import step_of_manifest
-from pipeline.checkpoints.run_dir import RunDir
 from pipeline.cluster.device import own_device
 from pipeline.cluster.interrupt import Interrupt
 from pipeline.cluster.launch_environment import in_turn, process_rank
@@ -249,12 +249,12 @@ def _of_likelihood(
     if (shards.size, shards.channels) != (data.height_width, data.channels):
         raise ConfigError(
             f"{url} has images of {_shape(shards.size, shards.channels)}, {source} was trained on "
-            f"{_shape(data.height_width, data.channels)}: give a set made alike"
+            f"{_shape(data.height_width, data.channels)}: give a set of this size and number of channels"
         )
     if shards.classes:
         shards = fit_classes(shards, generator.class_names)
     elif generator.class_names and not generator.config.model.label_dropout:
-        raise ConfigError(f"{url} has no classes, and {source} knows no image without: give a set with classes")
+        raise ConfigError(f"{url} has no classes, and {source} needs the class of each image: give a set with classes")
 
     def bound(batch: Batch) -> Any:
         return generator.bits_per_dimension(batch.images, batch.labels, batch.positions, check_stop)
@@ -271,17 +271,12 @@ def _of_likelihood(
 
 def _check_outputs(request: EvaluationRequest) -> None:
     if request.nearest and not request.nearest.lower().endswith(".png"):
-        raise ConfigError(f"--nearest {request.nearest}: the sheet is a PNG: name a .png file")
+        raise ConfigError(f"--nearest {request.nearest}: the image is a PNG: give a name that ends in .png")
     for url in (request.samples, request.against):
         if not files.is_dir(url):
             raise ConfigError(f"{url}: no such directory: give a sample set or a shard set")
-        if files.exists(RunDir(url).config) or files.exists(RunDir(url).checkpoints):
-            raise ConfigError(f"{url} is a run: draw samples first, `ddpm sample {url} --seeds 0-9999 --out SAMPLES`")
-        kind = sample_set.provenance(url).get("format", "tar")
-        if kind != "tar":
-            raise ConfigError(
-                f"{url} holds samples as {kind}: draw them with --format tar, or make a set of them with `ddpm shard`"
-            )
+        if sample_set.provenance(url).get("format", "tar") != "tar" or path_kind.is_run(url):
+            raise ConfigError(path_kind.not_a_set(url))
 
 
 def _check_alike(samples: ShardSet, reference: ShardSet) -> None:
@@ -292,7 +287,7 @@ def _check_alike(samples: ShardSet, reference: ShardSet) -> None:
     if (samples.size, samples.channels) != (reference.size, reference.channels):
         raise ConfigError(
             f"{samples.url} has images of {_shape(samples.size, samples.channels)}, {reference.url} of "
-            f"{_shape(reference.size, reference.channels)}: make the reference anew with `ddpm shard --size`"
+            f"{_shape(reference.size, reference.channels)}: make the reference set again with `ddpm shard --size`"
         )
 
 
@@ -325,9 +320,7 @@ def _compute_missing(results: Sequence[ShardResults], work: str, interrupt: Inte
 
 def _check_stop(interrupt: Interrupt) -> None:
     if interrupt.requested:
-        raise Stopped(
-            f"stop requested ({interrupt.requested}): finished shards stay; the same command continues from there"
-        )
+        raise Stopped(f"stop requested ({interrupt.requested}): finished shards are kept; the same command continues")
 
 
 def _compare(
@@ -356,7 +349,9 @@ def _step_of(samples: ShardSet, run: str) -> int:
     sha256 = samples.settings.get("checkpoint_sha256")
     step = step_of_manifest(run, sha256) if isinstance(sha256, str) else None
     if step is None:
-        raise ConfigError(f"--log {run}: no checkpoint of this run drew {samples.url}: name the run that did")
+        raise ConfigError(
+            f"--log {run}: no checkpoint of this run has drawn {samples.url}: give the run that has drawn them"
+        )
     return step
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import safetensors.torch
 from torch import Tensor
 
-from pipeline import config_file
+from pipeline import config_file, path_kind
 from pipeline.checkpoints.checkpoint import find_checkpoint, first_not_finite, write_checkpoint
 from pipeline.checkpoints.run_dir import RunDir
 from pipeline.config import (
@@ -86,7 +86,7 @@ def import_model(source: str, out: str, settings: ImportSettings) -> dict[str, A
     pretrained.check_weights(model, source)
     for part, weights in (("weights", model.weights), ("averaged weights", made.ema)):
         if name := first_not_finite(weights):
-            raise DataError(f"{source} holds {part} that are not finite ({name}): take an earlier checkpoint")
+            raise DataError(f"{source} holds {part} that are not finite ({name}): give an earlier checkpoint")
     with files.publishing_dir(out) as directory:
         _write_run(directory, out, made)
         files.write_json(RunDir(directory).imported, {"from": made.project, "source": source, "taken": taken})
@@ -111,7 +111,8 @@ def _from_directory(source: str, settings: ImportSettings) -> _Made:
             find_checkpoint(source)
         except NoCheckpoint:
             raise ConfigError(
-                f"{source} is no directory of diffusers (no config.json): give one, or a file of weights"
+                f"{source} is {path_kind.of(source)}, not a diffusers model: give a diffusers directory or a file of "
+                "weights"
             ) from None
         raise ConfigError(f"{source} is a run or a checkpoint already: there is nothing to import")
     if given := settings.given():
@@ -132,14 +133,14 @@ def _from_file(source: str, settings: ImportSettings) -> _Made:
             if isinstance(content, dict):
                 held = ", ".join(printable(str(name), 100) for name in list(content)[:5])
             raise ConfigError(
-                f"{source} is of no project known here (it holds {held}): give weights of w86763777/pytorch-ddpm or of "
+                f"{source} is not of a known project (it holds {held}): give weights of w86763777/pytorch-ddpm or of "
                 "OpenAI's improved- or guided-diffusion (model… or ema….pt, not opt….pt), or a diffusers directory"
             )
         weights, *averaged = [file.tensors(part) for part in parts]
         size = settings.size or _size(content)
     if size is None:
         raise ConfigError(
-            f"--size: the weights of {source} do not tell the size of the images: give it, as in --size 64"
+            f"--size: the weights of {source} do not show the size of the images: give it, such as --size 64"
         )
     settings = _settled(kind, settings, foreign_weights.timesteps(weights), source)
     told = Told(settings.num_heads, settings.head_channels, settings.attention_order or "legacy")
@@ -176,13 +177,13 @@ def _settled(kind: Kind, settings: ImportSettings, timesteps: int | None, source
     else:
         if (settings.num_heads is None) == (settings.head_channels is None):
             raise ConfigError(
-                f"--num-heads, --head-channels: the weights of {source} do not tell how attention is divided: give one "
-                "of both as in training (the scripts' default is num_heads 4; many published networks have "
-                "num_head_channels 64)"
+                f"--num-heads, --head-channels: the weights of {source} do not show the number of attention heads: "
+                "give one of these options, as in training (the scripts' default is num_heads 4; many published "
+                "networks have num_head_channels 64)"
             )
         if settings.timesteps not in (None, 1000) and settings.rescale_timesteps is None:
             raise ConfigError(
-                f"--rescale-timesteps: the weights of {source} do not tell whether the {settings.timesteps} timesteps "
+                f"--rescale-timesteps: the weights of {source} do not show whether the {settings.timesteps} timesteps "
                 "were rescaled to 1000: give it (default of improved-diffusion) or --no-rescale-timesteps (of "
                 "guided-diffusion)"
             )
@@ -217,7 +218,7 @@ def _config(network: foreign_weights.Network, settings: ImportSettings, size: tu
         )  # fmt: skip
     except ValueError as error:  # of pydantic
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{source}: not a network that can be expressed here ({reason})") from None
+        raise ConfigError(f"{source}: not a network that this package supports ({reason})") from None
 
 
 def _renamed(
@@ -227,7 +228,7 @@ def _renamed(
         return interchange.null_row_added(network.convert(weights), section)
     except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
         raise DataError(
-            f"{source}: unknown weights ({error}): they are not of the network that it seems to be"
+            f"{source}: unknown weights ({error}): the network is not the one that its other weights show"
         ) from None
 
 

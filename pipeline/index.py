@@ -59,7 +59,7 @@ def index(
     """
     started = time.monotonic()
     if not out:
-        raise ConfigError("--out is empty: name the directory or URL of the set")
+        raise ConfigError("--out is empty: give the directory or URL of the set")
     urls = _expand(tars)
     if is_part(urls[0]):
         if settings.labels != "auto" or settings.model_fields_set - {"labels"}:
@@ -99,9 +99,9 @@ def _expand(names: Sequence[str]) -> list[str]:
         else:
             urls.append(name)
     if not urls:
-        raise ConfigError(f"{', '.join(names)}: not one .tar in it: name tars, or a directory of them")
+        raise ConfigError(f"{', '.join(names)}: it contains no .tar: give tars, or a directory of tars")
     if twice := [url for url, count in Counter(urls).items() if count > 1]:
-        raise ConfigError(f"{twice[0]} is named twice: name each tar once")
+        raise ConfigError(f"{twice[0]} is given twice: give each tar once")
     return urls
 
 
@@ -172,7 +172,7 @@ def _identity(settings: dict[str, Any], source: Any) -> dict[str, Any]:
 def _refuse_other_set(out: str, settings: dict[str, Any], source: dict[str, Any]) -> None:
     """Refuse a directory with the index, or the rejected inputs, of anything but this set."""
     if files.exists(out) and not files.is_dir(out):
-        raise ConfigError(f"{out} is a file: --out names a directory")
+        raise ConfigError(f"{out} is a file: give --out a directory")
     names = set(files.listdir(out))
     if INDEX in names:
         try:
@@ -182,7 +182,9 @@ def _refuse_other_set(out: str, settings: dict[str, Any], source: dict[str, Any]
         then, now = _identity(other.settings, other.source), _identity(settings, source)
         if differing := [f"{name} was {then.get(name)}, now {now.get(name)}" for name in then | now
                          if then.get(name) != now.get(name)]:  # fmt: skip
-            raise ConfigError(f"{out} is another set ({'; '.join(differing)}): choose another --out")
+            raise ConfigError(
+                f"{out} was made from other sources or settings ({'; '.join(differing)}): choose another --out"
+            )
     elif REJECTED in names and not any(map(_SIDECAR_OR_RECORD.fullmatch, names)) and "fingerprint" not in source:
         raise ConfigError(f"{out} holds a {REJECTED} of something else: choose another --out")
 
@@ -222,7 +224,7 @@ def _common_size(records: list[ShardRecord]) -> list[int]:
         shown = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(_SIZES_SHOWN))
         more = ", …" if len(sizes) > _SIZES_SHOWN else ""
         raise DataError(
-            f"the images have several sizes, height x width ({shown}{more}): give --size, to which each is brought "
-            "whenever it is read"
+            f"the images have several sizes, height x width ({shown}{more}): give --size; every reader then resizes "
+            "the images to it"
         )
     return [int(side) for side in next(iter(sizes), "1x1").split("x")]

@@ -27,12 +27,12 @@ def init(out: str) -> dict[str, list[str]]:
         DataError: a file cannot be written.
     """
     if files.exists(out) and not files.is_dir(out):
-        raise ConfigError(f"{out} is a file: name a directory")
+        raise ConfigError(f"{out} is a file: give a directory")
     result: dict[str, list[str]] = {"written": [], "kept": []}
     for directory in DIRECTORIES:
         source = package_files("pipeline") / directory
         if not source.is_dir():
-            raise ConfigError(f"this installation has no {directory}: install ddpm-pipeline anew, from its wheel")
+            raise ConfigError(f"this installation has no {directory}: install ddpm-pipeline again, from its wheel")
         for name, content in _content(source, directory):
             made = files.create(files.join(out, name), content)
             result["written" if made else "kept"].append(name)

@@ -100,7 +100,7 @@ def result(text: str) -> None:
         sys.stdout.flush()
     except _WRITE_ERRORS as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
-        raise DataError(f"cannot write the result to standard output: {reason}: send it elsewhere") from problem
+        raise DataError(f"cannot write the result to standard output: {reason}: write it to another place") from problem
 
 
 def summary(text: str) -> None:

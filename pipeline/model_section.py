@@ -49,7 +49,7 @@ class ModelSection(Section):
     head_channels: PositiveInt | None = None
     """Channels of an attention head. Default: a single head, as in the paper."""
     num_heads: PositiveInt | None = None
-    """Attention heads at every level, whatever its width: instead of head_channels."""
+    """Number of attention heads at every level. Give this or head_channels."""
     norm_groups: PositiveInt | Literal["auto"] = "auto"
     """Groups of each GroupNorm; must divide base_channels. auto: at most 32 groups with at least 4 channels each: in a
     group of one channel the norm removes what the embedding of time and class adds. A run stores the number."""
@@ -61,14 +61,15 @@ class ModelSection(Section):
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of training images whose label is hidden, so that guidance works. No effect without classes."""
     scale_shift: bool = False
-    """Time and class scale and shift the normalised features instead of being added (Nichol & Dhariwal 2021)."""
+    """The embedding of time and class scales and shifts the normalised features; false: it is added to them (Nichol &
+    Dhariwal 2021)."""
     learned_variance: bool = False
     """The network also outputs the variance of each step (Nichol & Dhariwal 2021, eq. 15)."""
     norm_eps: PositiveFloat = 1e-6
-    """ε of each GroupNorm; 1e-5 in PyTorch, diffusers and networks of OpenAI."""
+    """ε of each GroupNorm; it is 1e-5 in PyTorch, diffusers and networks of OpenAI."""
     resample_blocks: bool = False
-    """Halve and double images within residual blocks, by averages and repetition, instead of by convolutions: in
-    guided-diffusion resblock_updown, in diffusers downsample_type and upsample_type resnet."""
+    """Halve and double images within residual blocks, by averages and repetition, instead of by convolutions. It is
+    resblock_updown in guided-diffusion, and downsample_type and upsample_type resnet in diffusers."""
     downsample_padding: Literal[0, 1] = 0
     """Padding of the convolutions that halve an image: 0: one pixel on the right and at the bottom, as in the paper's
     code; 1: one pixel on all sides, as in PyTorch, diffusers and networks of OpenAI."""
@@ -96,7 +97,7 @@ class ModelSection(Section):
             return None
         return (
             f"model.norm_groups={self.groups} leaves one channel a group where channel_mults is "
-            f"{self.groups // self.base_channels}: there the network ignores timestep and class; train anew with "
+            f"{self.groups // self.base_channels}: there the network ignores timestep and class; train a new run with "
             "model.norm_groups=auto"
         )
 

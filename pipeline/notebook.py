@@ -151,6 +151,6 @@ def figures(
     request = evaluation_job.EvaluationRequest(samples, against, features, cache=cache)
     result = evaluation_job.evaluate(request, quiet=quiet)
     if not result["complete"]:
-        raise Stopped("other processes are still at work on these features: call it again for the figures")
+        raise Stopped("other processes still compute these features: call it again to get the figures")
     counts = result["n"], result["reference_n"]
     return {name: Figure(**figure, n=counts[0], reference_n=counts[1]) for name, figure in result["figures"].items()}

@@ -181,7 +181,7 @@ def _advice(figures: dict[str, Any]) -> str:
         return "checkpointing auto: give --memory to see what it takes"
     within = f"within {figures['memory_bytes'] / 2**30:,.1f} GiB"
     if figures["auto"] is None:
-        return f"checkpointing auto: nothing fits {within}: take a smaller model or smaller images"
+        return f"checkpointing auto: nothing fits {within}: use a smaller model or smaller images"
     return "checkpointing auto: {checkpointing}, micro-batch {micro_batch}, ".format(**figures["auto"]) + within
 
 
@@ -202,7 +202,7 @@ def _rate(config: Config, gpu: str | None, flops: float | None) -> float | None:
     if gpu is None or flops is not None:
         return flops
     if gpu.lower() not in GPUS:
-        raise ConfigError(f"--gpu {gpu}: not known; take one of {', '.join(GPUS)}, or --flops as measured")
+        raise ConfigError(f"--gpu {gpu}: unknown GPU: give one of {', '.join(GPUS)}, or --flops as measured")
     if config.train.precision != "bf16":
         return None
     return GPUS[gpu.lower()] * UTILISATION

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline import messages
+from pipeline import messages, path_kind
 from pipeline.checkpoints.checkpoint import step_of_manifest
 from pipeline.checkpoints.run_dir import RunDir
 from pipeline.data.images.contact_sheet import grid
@@ -70,7 +70,7 @@ def report(request: ReportRequest) -> dict[str, Any]:
     """
     out = request.out or files.join(request.run, "report.html")
     if not out.lower().endswith((".html", ".htm")):
-        raise ConfigError(f"--out {out}: the report is an HTML page: name a .html file")
+        raise ConfigError(f"--out {out}: the report is an HTML page: give a name that ends in .html")
     run = run_facts.read(request.run)
     sets = (run.config.data.shards, run.config.data.val_shards) if run.imported is None else ()
     content = Content(
@@ -97,9 +97,8 @@ def _previews(run: RunFacts, most: int) -> Iterator[tuple[int, Sheet]]:
 
 def _samples(request: ReportRequest, run: RunFacts) -> SampleFacts:
     url = str(request.samples)
-    kind = sample_set.provenance(url).get("format", "tar")
-    if kind != "tar":
-        raise ConfigError(f"--samples {url} holds samples as {kind}: draw them with --format tar")
+    if sample_set.provenance(url).get("format", "tar") != "tar":
+        raise ConfigError(f"--samples: {path_kind.not_a_set(url)}")
     shards = ShardSet.open(url)
     sha256 = shards.settings.get("checkpoint_sha256")
     step = step_of_manifest(run.path, sha256) if isinstance(sha256, str) else None

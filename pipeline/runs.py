@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.path_kind import find_runs
 from pipeline.storage import files
-from pipeline.training.run_status import find_runs, statuses
+from pipeline.training.run_status import statuses
 from pipeline.units import duration_text
 
 _COLUMNS = {"run": "<", "state": "<", "step": ">", "loss": ">", "last checkpoint": "<", "age": ">"}
@@ -20,7 +21,7 @@ def runs(url: str) -> list[dict[str, Any]]:
         ConfigError: there is no such directory, or no run in it.
     """
     if not files.is_dir(url):
-        raise ConfigError(f"{url}: no such directory: give the one that holds your runs, such as runs")
+        raise ConfigError(f"{url}: no such directory: give the directory that contains your runs, such as runs")
     found = statuses(find_runs(url))
     if not found:
         raise ConfigError(f"{url} holds no run: `ddpm show {url}` says what it is")

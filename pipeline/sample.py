@@ -296,7 +296,7 @@ def _watch(
         nonlocal passes
         if interrupt.requested:
             raise Stopped(
-                f"stop requested ({interrupt.requested}): finished shards stay; the same command continues from there"
+                f"stop requested ({interrupt.requested}): finished shards are kept; the same command continues"
             )
         show_count()
         progress.show_alive(f"network pass {passes}")

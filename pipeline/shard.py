@@ -76,7 +76,7 @@ def shard(
     """
     started = time.monotonic()
     if not out:
-        raise ConfigError("--out is empty: name the directory or URL of the set")
+        raise ConfigError("--out is empty: give the directory or URL of the set")
     part_of_set = _parse_part(part, overwrite, settings.dedupe)
     build.refuse_nesting(sources, out)
     network = _load_network(features, settings.size) if features else None
@@ -99,8 +99,8 @@ def shard(
             listing = builder.listing
             if listing.rows_without_input:
                 messages.warning(
-                    f"{listing.rows_without_input} rows of {listing.labels_from} name no input: of another part of the "
-                    "data, or misspelt"
+                    f"{listing.rows_without_input} rows of {listing.labels_from} name no input: they belong to another "
+                    "part of the data, or are misspelt"
                 )
     inputs = sum(map(len, missing))
     command = train_command(out, settings.size, settings.channels, len(counts["classes"] or ()))
@@ -134,7 +134,7 @@ def forecast(
         ConfigError, DataError, Stopped: as `shard` does before its first shard.
     """
     if not out:
-        raise ConfigError("--out is empty: name the directory or URL of the set")
+        raise ConfigError("--out is empty: give the directory or URL of the set")
     part_of_set = _parse_part(part, overwrite, settings.dedupe)
     build.refuse_nesting(sources, out)
     if features:
@@ -242,7 +242,7 @@ def _report_set(
     if empty := [ascii(name)[1:-1] for name, count in (counts["classes"] or {}).items() if not count]:
         messages.warning(
             f"{len(empty)} of {len(counts['classes'])} classes have no image: "
-            f"{', '.join(empty[:_CLASSES_SHOWN])}; if they are empty directories, take them out of the source"
+            f"{', '.join(empty[:_CLASSES_SHOWN])}; if their directories are empty, remove them from the source"
         )
 
 
@@ -290,7 +290,9 @@ def _parse_part(text: str, overwrite: bool, dedupe: Dedupe) -> tuple[int, int]:
     if not match or int(match[1]) >= int(match[2]):
         raise ConfigError(f"--part {text}: write I/N with I from 0 to N - 1, as in 3/16")
     if overwrite and int(match[2]) > 1:
-        raise ConfigError("--overwrite: with --part each job would delete what the others made: remove the set first")
+        raise ConfigError(
+            "--overwrite: with --part each job would delete the parts of the other jobs: remove the set first"
+        )
     if dedupe != "none" and int(match[2]) > 1:
         raise ConfigError(f"--dedupe {dedupe} compares each image with all before it: leave --part out")
     return int(match[1]), int(match[2])

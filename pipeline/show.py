@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from pipeline import untrusted
-from pipeline.checkpoints.run_dir import RunDir, step_of
+from pipeline import path_kind, untrusted
+from pipeline.checkpoints.run_dir import RunDir
 from pipeline.data.shards import set_status
 from pipeline.data.shards.set_status import SetStatus
 from pipeline.data.shards.summary import train_command
+from pipeline.data.sources.inputs import is_image_name
 from pipeline.errors import ConfigError, DataError
+from pipeline.path_kind import FEATURES, Kind
 from pipeline.storage import files
 from pipeline.training import run_status
 from pipeline.training.run_status import RunStatus
 from pipeline.units import bytes_text, duration_text
 
-_IMAGE = re.compile(r"(?i).+\.(png|jpe?g|webp|gif|bmp|tiff?|tga|avif|ppm|pgm)")
-_SOURCE = re.compile(r"(?i).+\.(zip|tar|tar\.gz|tgz|tar\.zst|parquet|npz|npy)")
-_WEIGHTS = re.compile(r"(?i).+\.(pt|pth|ckpt|bin)")
-_FEATURES = re.compile(r"(features|likelihood)-[0-9a-f]{12}")
 _SHEET = 100
 _MOST_FILES, _DEPTH = 20_000, 4
 _CLASSES_SHOWN = 10
@@ -55,7 +53,7 @@ def show(path: str, preview: str | None = None) -> Shown:
         DataError: it is damaged, or the preview cannot be written.
     """
     if preview and not preview.lower().endswith(".png"):
-        raise ConfigError(f"--preview {preview}: it is a PNG: name a .png file")
+        raise ConfigError(f"--preview {preview}: the image is a PNG: give a name that ends in .png")
     if not files.exists(path):
         raise ConfigError(f"{path}: no such file or directory: give a run, a set, a model or a directory of images")
     shown = _directory(path) if files.is_dir(path) else _file(path)
@@ -97,19 +95,18 @@ def _as_text(name: str, value: Any) -> str:
 
 
 def _directory(path: str) -> Shown:
-    """What a directory is: the first of these that knows it."""
-    if step_of(path) is not None or "manifest.json" in files.listdir(path):
-        return _checkpoint(path)
-    if run_status.is_run(path):
-        return _run(path)
-    if found := set_status.read(path):
+    """What a directory is."""
+    kind = path_kind.of(path)
+    if kind in (Kind.SHARD_SET, Kind.SAMPLE_SET) and (found := set_status.read(path)):
         return _set(path, found)
-    others: tuple[Callable[[str], Shown | None], ...] = (_diffusers, _features, _runs, _images_or_tars)
-    for look in others:
-        if shown := look(path):
-            return shown
+    show_it: dict[Kind, Callable[[str], Shown]] = {
+        Kind.CHECKPOINT: _checkpoint, Kind.RUN: _run, Kind.DIFFUSERS: _diffusers, Kind.FEATURES: _features,
+        Kind.RUNS: _runs, Kind.IMAGES: _inputs, Kind.TARS: _inputs, Kind.SOURCES: _inputs,
+    }  # fmt: skip
+    if kind in show_it:
+        return show_it[kind](path)
     raise ConfigError(
-        f"{path} is neither a run, a set, a model nor a directory of images: give one of these, or make one with "
+        f"{path} is neither a run, a set, a model nor a directory of images: give one of these, or make a set with "
         "`ddpm shard`"
     )
 
@@ -161,7 +158,7 @@ def _checkpoint(path: str) -> Shown:
         sizes = {name: int(entry["bytes"]) for name, entry in listed.items()}
         facts = {"step": int(manifest["step"]), "bytes": sum(sizes.values()), "files": ", ".join(sizes)}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise DataError(f"{path}/manifest.json is damaged: take another checkpoint of the run") from None
+        raise DataError(f"{path}/manifest.json is damaged: give another checkpoint of the run") from None
     wrong = [name for name, size in sizes.items() if _size_of(files.join(path, name)) != size]
     state = f"damaged: {wrong[0]} is missing or has another size" if wrong else "finished"
     return Shown(path, "checkpoint", state, facts, f"ddpm sample {path} --seeds 0-99 --out SAMPLES")
@@ -186,7 +183,7 @@ def _set(path: str, status: SetStatus) -> Shown:
         "bytes": status.bytes,
         "format": status.format if status.kind == "sample set" else None,
         "made_from": status.made_from,
-        "features": ", ".join(name for name in files.listdir(path) if _FEATURES.fullmatch(name)) or None,
+        "features": ", ".join(name for name in files.listdir(path) if FEATURES.fullmatch(name)) or None,
     }
     size = status.size or (64, 64)
     if not status.finished:
@@ -202,15 +199,10 @@ def _set(path: str, status: SetStatus) -> Shown:
     return Shown(path, status.kind, state, facts, next_command)
 
 
-def _diffusers(path: str) -> Shown | None:
-    names = files.listdir(path)
-    if not {"model_index.json", "unet", "config.json"} & set(names):
-        return None
+def _diffusers(path: str) -> Shown:
     from pipeline.model import diffusers_directory
 
-    directory = diffusers_directory.find(path)
-    if directory is None:
-        return None
+    directory = diffusers_directory.find(path) or path
     unet = files.read_json(files.join(directory, "config.json"))
     kind = unet.get("_class_name")
     facts = {
@@ -222,13 +214,11 @@ def _diffusers(path: str) -> Shown | None:
     return Shown(path, "diffusers model", "finished", facts, f"ddpm sample {path} --seeds 0-99 --out SAMPLES")
 
 
-def _features(path: str) -> Shown | None:
+def _features(path: str) -> Shown:
     """The features that an evaluation keeps: the directory of one network, or of several."""
     name = path.rstrip("/").rpartition("/")[2]
-    directories = {name: path} if _FEATURES.fullmatch(name) else {}
-    directories |= {name: files.join(path, name) for name in files.listdir(path) if _FEATURES.fullmatch(name)}
-    if not directories:
-        return None
+    directories = {name: path} if FEATURES.fullmatch(name) else {}
+    directories |= {name: files.join(path, name) for name in files.listdir(path) if FEATURES.fullmatch(name)}
     counts = {
         name: len([file for file in files.listdir(directory) if file.endswith(".safetensors")])
         for name, directory in directories.items()
@@ -238,23 +228,20 @@ def _features(path: str) -> Shown | None:
     return Shown(path, "features", state, {"shards_by_network": counts}, usage)
 
 
-def _runs(path: str) -> Shown | None:
-    found = list(run_status.find_runs(path))
-    return Shown(path, "runs", f"{len(found)} runs", {}, f"ddpm runs {path}") if found else None
+def _runs(path: str) -> Shown:
+    found = list(path_kind.find_runs(path))
+    return Shown(path, "runs", f"{len(found)} runs", {}, f"ddpm runs {path}")
 
 
-def _images_or_tars(path: str) -> Shown | None:
-    names = _names(path)
+def _inputs(path: str) -> Shown:
+    """Images, tars, or other files that `ddpm shard` reads: what there is most of."""
+    names = list(islice(path_kind.walk(path, _DEPTH), _MOST_FILES))
     kinds = Counter(
-        "images" if _IMAGE.fullmatch(name) else "tars" if name.endswith(".tar") else "sources"
-        for name in names
-        if _IMAGE.fullmatch(name) or _SOURCE.fullmatch(name)
+        "images" if is_image_name(name) else "tars" if name.endswith(".tar") else "sources" for name in names
     )
-    if not kinds:
-        return None
     kind, count = kinds.most_common(1)[0]
     least = "at least " if len(names) >= _MOST_FILES else ""
-    by_class = Counter(name.partition("/")[0] for name in names if "/" in name and _IMAGE.fullmatch(name))
+    by_class = Counter(name.partition("/")[0] for name in names if "/" in name and is_image_name(name))
     state = f"{least}{count:,} of them"
     if kind == "images":
         facts = {"directories": dict(by_class)} if by_class else {}
@@ -265,35 +252,16 @@ def _images_or_tars(path: str) -> Shown | None:
     return Shown(path, "sources", state, {}, f"ddpm shard {path.rstrip('/')}/* --out SHARDSET --size 64")
 
 
-def _names(path: str) -> list[str]:
-    """Files in a directory and its subdirectories, relative to it; not more than `_MOST_FILES`."""
-    found: list[str] = []
-    for name in _walk(path, "", _DEPTH):
-        found.append(name)
-        if len(found) >= _MOST_FILES:
-            break
-    return found
-
-
-def _walk(path: str, below: str, depth: int) -> Iterator[str]:
-    for name in files.listdir(path):
-        inner = files.join(path, name)
-        if _IMAGE.fullmatch(name) or _SOURCE.fullmatch(name):
-            yield below + name
-        elif depth and not name.startswith(".") and files.is_dir(inner):
-            yield from _walk(inner, f"{below}{name}/", depth - 1)
-
-
 def _file(path: str) -> Shown:
     """What a single file is, by its name."""
-    facts = {"bytes": _size_of(path)}
-    if _SOURCE.fullmatch(path):
+    facts, kind = {"bytes": _size_of(path)}, path_kind.of(path)
+    if kind is Kind.SOURCE:
         return Shown(path, "source", "images for a shard set", facts, f"ddpm shard {path} --out SHARDSET --size 64")
-    if _IMAGE.fullmatch(path):
+    if kind is Kind.IMAGE:
         return Shown(path, "image", "one image", facts, f"ddpm shard {path} --out SHARDSET --size 64")
-    if _WEIGHTS.fullmatch(path):
+    if kind is Kind.WEIGHTS:
         return Shown(path, "weights", "of another project, perhaps", facts, f"ddpm import {path} --out RUN")
-    if path.endswith((".yaml", ".yml")):
+    if kind is Kind.CONFIGURATION:
         return Shown(path, "configuration", "of a run", facts, f"ddpm plan --config {path}")
     raise ConfigError(f"{path} is a file that no command here reads: give a directory, an archive or a configuration")
 
@@ -302,11 +270,13 @@ def _write_preview(shown: Shown, preview: str) -> None:
     if shown.kind == "run":
         newest = RunDir(shown.path).newest_preview()
         if newest is None:
-            raise ConfigError(f"--preview: {shown.path} has no preview yet: it is made every run.preview_every steps")
+            raise ConfigError(
+                f"--preview: {shown.path} has no preview yet: a run makes one every run.preview_every steps"
+            )
         files.write_bytes(preview, files.read_bytes(newest))
         return
     if shown.kind not in ("shard set", "sample set") or not shown.facts["images"]:
-        raise ConfigError(f"--preview: {shown.path} is no run and no set with images: leave it out")
+        raise ConfigError(f"--preview: {shown.path} is neither a run nor a set with images: leave it out")
     from pipeline.data.images.contact_sheet import grid
     from pipeline.data.images.preprocess import encode
     from pipeline.data.loading.first_images import first_images

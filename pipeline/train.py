@@ -110,7 +110,7 @@ def train(config: Config, *, overrides: Collection[str] = (), quiet: bool = Fals
             advice = (
                 f"newest sound checkpoint: {safe}: remove newer ones"
                 if safe
-                else "there is no sound checkpoint: start anew"
+                else "there is no sound checkpoint: start a new run"
             )
             raise Diverged(f"{error}; {advice}") from None
 
@@ -186,7 +186,7 @@ def _handle_vote(vote: StepVote, trainer: Trainer, log: RunLog, lease: Lease) ->
     config, state = trainer.config, trainer.state
     if vote.lost:
         lease.check()
-        raise RunHeld(f"{config.run.dir} was taken over by another job: this one writes no more")
+        raise RunHeld(f"{config.run.dir} was taken over by another job: this job stops writing to it")
     if vote.bad and trainer.world.is_main:
         first = state.samples - config.train.global_batch
         log.warn(
@@ -309,7 +309,7 @@ def _make_trainer(config: Config, ranks: World, point: ResumePoint) -> tuple[Tra
     trainer.warm_up()
     source = point.checkpoint.path if point.checkpoint else config.train.init_from
     if source and not trainer.is_sound():
-        raise NoCheckpoint(f"{source}: its weights give no finite loss: remove it or take an earlier checkpoint")
+        raise NoCheckpoint(f"{source}: its weights give no finite loss: remove it, or give an earlier checkpoint")
     return trainer, origin
 
 

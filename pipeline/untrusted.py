@@ -61,7 +61,7 @@ def parse_json(data: bytes | str, what: str) -> Any:
         if len(raw) > MAX_JSON_BYTES:
             raise DataError(f"{what}: {len(raw)} bytes of JSON, the limit is {MAX_JSON_BYTES}: make it again")
         if _depth(raw) > MAX_JSON_DEPTH:
-            raise DataError(f"{what}: nested more than {MAX_JSON_DEPTH} deep: it is damaged or made to harm")
+            raise DataError(f"{what}: nesting is deeper than {MAX_JSON_DEPTH} deep: it is damaged or made to harm")
         return json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} is not JSON ({error_text(error)}): restore it, or make it again") from error
@@ -108,7 +108,7 @@ def name_inside(name: Any, what: str) -> str:
         DataError: the value is something else.
     """
     if not isinstance(name, str) or not _stays_inside(name):
-        raise DataError(f"{what} names {printable(repr(name), 300)}, which is no file in this directory")
+        raise DataError(f"{what} names {printable(repr(name), 300)}, which is not a file in this directory")
     return name
 
 
@@ -273,11 +273,11 @@ def array_header(file: IO[bytes], size: int, what: str) -> ArrayHeader:
             shape, fortran, dtype = read(text, max_header_size=_MAX_HEADER)
     except Exception as error:  # numpy evaluates the header as a Python literal, which fails in many ways
         reason = error_text(error)
-        raise DataError(f"{what} is no array that numpy has saved ({reason}): copy or make it again") from error
+        raise DataError(f"{what} is not an array that numpy has saved ({reason}): copy or make it again") from error
     data_at = 8 + len(head) + length
     held = printable(f"{shape} of {dtype}", 200)
     if any(side < 0 for side in shape):
-        raise DataError(f"{what} holds {held}, no array of numbers: save it as one")
+        raise DataError(f"{what} holds {held}, not an array of numbers: save it as one")
     needed = data_at + math.prod(shape) * dtype.itemsize
     if needed > size and not dtype.hasobject:  # which are pickled, and never read
         raise DataError(f"{what} is cut short: {held} takes {needed} bytes, and there are {size}: copy it again")

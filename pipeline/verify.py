@@ -8,6 +8,7 @@ from contextlib import closing
 from functools import partial
 from typing import TypeVar
 
+from pipeline import path_kind
 from pipeline.checkpoints import ema_snapshots
 from pipeline.checkpoints.checkpoint import find_checkpoint, verify_checkpoints
 from pipeline.checkpoints.run_dir import RunDir
@@ -18,6 +19,7 @@ from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, NoCheckpoint, Stopped
 from pipeline.evaluation import result_file
 from pipeline.monitoring.progress import Progress
+from pipeline.path_kind import SAMPLE_RECORD
 from pipeline.processes import pool
 from pipeline.storage import files
 
@@ -47,7 +49,7 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
 
         def check_stop() -> None:
             if interrupt.requested:
-                raise Stopped(f"stopped by {interrupt.requested}: nothing is proved about {path}; start again")
+                raise Stopped(f"stopped by {interrupt.requested}: not all files were checked in {path}; start again")
 
         def each(items: Sequence[_T]) -> Iterator[_T]:
             unit = "checkpoints" if is_run else "shards"
@@ -67,12 +69,12 @@ def verify(path: str, *, quiet: bool = False) -> list[str]:
         if has_tars:
             check = partial(_in_parallel, interrupt=interrupt, check_stop=check_stop, quiet=quiet)
             return [*verify_shards.verify(path, check), *result_file.verify(path)]
-    raise ConfigError(f"{path} is neither a shard set, a sample set, a run nor a checkpoint: give one of these")
+    raise ConfigError(f"{path} is {path_kind.of(path)}: give a shard set, a sample set, a run or a checkpoint")
 
 
 def _is_checked_by_records(path: str, names: Sequence[str], *, has_tars: bool) -> bool:
     """Whether a directory is a set of samples that its index, if it has one, does not describe completely."""
-    is_sample_set = any(sample_set.RECORD.fullmatch(name) for name in names)
+    is_sample_set = any(map(SAMPLE_RECORD.fullmatch, names))
     return is_sample_set and (not has_tars or sample_set.index_is_incomplete(path))
 
 

@@ -250,7 +250,7 @@ def test_a_directory_that_is_no_sample_set_is_left_alone(refused: Refused, tiny_
         (("--seeds", "1", "--grid", "g.png", "--dynamic-threshold", "0"), 2, "--dynamic-threshold 0.0"),
         (("--seeds", "1", "--grid", "g.png", "--guidance-interval", "5"), 2, "--guidance-interval 5: write FIRST-LAST"),
         (("--seeds", "0-9", "--out", "o", "--video", "v.gif"), 2, "--video v.gif"),
-        (("--seeds", "0-9", "--out", "o", "--grid", "g.jpg"), 2, "--grid g.jpg: the sheet is a PNG"),
+        (("--seeds", "0-9", "--out", "o", "--grid", "g.jpg"), 2, "--grid g.jpg: the image is a PNG"),
         (("--seeds", "0-9", "--out", "o", "--grid", "."), 2, ". is a directory"),
         (("--seeds", "1", "--grid", "g.png", "--variance", "large"), 2, "fixed_large"),
     ],

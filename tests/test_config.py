@@ -79,7 +79,7 @@ def test_automatic_norm_groups_of_wide_networks_are_the_papers_and_a_number_is_t
     ("text", "one", "cure"),
     [
         ("data: {size: 36}", "data.size 36x36 cannot be halved 3 times", "multiple of 8, or fewer model.channel_mults"),
-        ("data: {size: [32, 36]}", "data.size 32x36 cannot be halved 3 times", "take a multiple of 8, or fewer "),
+        ("data: {size: [32, 36]}", "data.size 32x36 cannot be halved 3 times", "use a multiple of 8, or fewer "),
         ("data: {lanes: 3}", "train.global_batch 128 is not a multiple of data.lanes 3", "change one of them"),
         (
             "train: {micro_batch: 48}",
@@ -88,7 +88,7 @@ def test_automatic_norm_groups_of_wide_networks_are_the_papers_and_a_number_is_t
         ),
         (
             "train: {lr_schedule: cosine, lr_stages: [[1, 1]]}",
-            "train.lr_stages and train.lr_schedule=cosine exclude",
+            "train.lr_stages and train.lr_schedule=cosine cannot both be set",
             "",
         ),
         ("sample: {steps: 1001}", "sample.steps 1001 exceeds diffusion.timesteps 1000", ""),

@@ -188,19 +188,21 @@ def test_copies_are_exposed_and_shown_beside_what_they_copy(
 def test_sets_that_are_not_alike_are_refused_in_one_line(
     evaluate: Callable[..., Any], root: Path, digits: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"with 3 channels, .* of 8x8 px with 1 channel: make the reference anew"):
+    with pytest.raises(
+        ConfigError, match=r"with 3 channels, .* of 8x8 px with 1 channel: make the reference set again"
+    ):
         evaluate(against=digits)
     with pytest.raises(ConfigError, match="no such directory"):
         evaluate(samples=tmp_path / "absent")
-    with pytest.raises(ConfigError, match=r"name a .png file"):
+    with pytest.raises(ConfigError, match=r"give a name that ends in .png"):
         evaluate(nearest=tmp_path / "near.jpg")
-    with pytest.raises(ConfigError, match="no checkpoint of this run drew"):
+    with pytest.raises(ConfigError, match="no checkpoint of this run has drawn"):
         evaluate(log=tmp_path)
-    with pytest.raises(ConfigError, match=r"is a run: draw samples first, `ddpm sample "):
+    with pytest.raises(ConfigError, match=r"is a run, not a shard set: draw samples with `ddpm sample "):
         evaluate(samples=tiny_run)
     drawn = ddpm("sample", tiny_run, "--seeds", "0-3", "--out", tmp_path / "pngs", "--format", "png", "--quiet")
     assert drawn.returncode == 0, drawn.stderr
-    with pytest.raises(ConfigError, match="holds samples as png: draw them with --format tar, or make a set of them"):
+    with pytest.raises(ConfigError, match="holds samples as single files, not in tars: draw them with --format tar"):
         evaluate(samples=tmp_path / "pngs")
     for arguments, message in (
         ((), "give --against SHARDSET and --features FILE|inception, or --likelihood SHARDSET"),

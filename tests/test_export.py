@@ -121,7 +121,7 @@ def test_a_shifted_schedule_is_listed_and_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "back/scheduler/scheduler_config.json"
     other = json.loads(file.read_text())
     file.write_text(json.dumps(other | {"trained_betas": [0.1, *other["trained_betas"][1:]]}))
-    with pytest.raises(ConfigError, match=r"trained_betas in scheduler_config\.json are not those"):
+    with pytest.raises(ConfigError, match=r"trained_betas in scheduler_config\.json do not agree"):
         pretrained.read(str(tmp_path / "back"), ema=True)
 
 

@@ -67,7 +67,7 @@ def test_sharding(dry: DryRun, tmp_path: Path) -> None:
     assert "all 6 shards are there, nothing to do" in dry("shard", *arguments)
     (tmp_path / "s" / "s-000002.json").unlink()
     assert dry.json("shard", *arguments)["units"] == 300
-    assert "is another set" in dry("shard", *arguments[:-6], "--channels", 3, code=2)
+    assert "was made from other sources or settings" in dry("shard", *arguments[:-6], "--channels", 3, code=2)
     assert dry.json("shard", *arguments[:-6], "--channels", 3, "--overwrite")["units"] == 1797
     (tmp_path / "s" / "thesis.tex").touch()
     assert "holds something else (thesis.tex)" in dry("shard", *arguments, "--overwrite", code=2)

@@ -327,7 +327,7 @@ def test_a_tar_that_is_cut_anywhere_or_has_a_damaged_header_is_refused_by_name(t
         end = tar.offset
     for cut in range(0, end + 1, 512):
         path.write_bytes(data[:cut])
-        with pytest.raises(DataError, match=r"train-000000.tar is no sound tar") as refused:
+        with pytest.raises(DataError, match=r"train-000000.tar is not a valid tar") as refused:
             scan(url, settings, lambda: None)
         assert "\n" not in str(refused.value)
     for header in headers:
@@ -335,10 +335,10 @@ def test_a_tar_that_is_cut_anywhere_or_has_a_damaged_header_is_refused_by_name(t
             damaged = bytearray(data)
             damaged[header + byte] ^= 0x11
             path.write_bytes(damaged)
-            with pytest.raises(DataError, match=r"train-000000.tar is no sound tar"):
+            with pytest.raises(DataError, match=r"train-000000.tar is not a valid tar"):
                 scan(url, settings, lambda: None)
         path.write_bytes(data[:header] + bytes(512) + data[header + 512 :])
-        with pytest.raises(DataError, match=r"train-000000.tar is no sound tar"):
+        with pytest.raises(DataError, match=r"train-000000.tar is not a valid tar"):
             scan(url, settings, lambda: None)
 
 
@@ -350,7 +350,7 @@ def test_what_is_more_or_other_than_a_tar_is_refused_by_name(tmp_path: Path, dam
     Path(urls[1]).write_bytes(damage(Path(urls[1]).read_bytes()))
     refused = ddpm("index", *urls, "--out", tmp_path / "set", "--quiet")
     assert refused.returncode == 3
-    assert refused.stderr.count("\n") == 1 and f"{urls[1]} is no sound tar" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and f"{urls[1]} is not a valid tar" in refused.stderr
 
 
 def test_what_is_there_is_not_read_again_and_what_has_changed_is(tmp_path: Path) -> None:
@@ -432,9 +432,11 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path: Path) -> None:
             index(urls, str(tmp_path), quiet=True)
         (tmp_path / name).unlink()
     index(urls, str(tmp_path / "set"), quiet=True)
-    with pytest.raises(ConfigError, match=r"is another set \(channels was 3, now 1\): choose another --out"):
+    with pytest.raises(
+        ConfigError, match=r"was made from other sources or settings \(channels was 3, now 1\): choose another --out"
+    ):
         index(urls, str(tmp_path / "set"), channels=1, quiet=True)
-    with pytest.raises(ConfigError, match="is a file: --out names a directory"):
+    with pytest.raises(ConfigError, match="is a file: give --out a directory"):
         index(urls, urls[0], quiet=True)
     with pytest.raises(ConfigError, match=r"train-000000.tar is named twice"):
         index([*urls, urls[0]], str(tmp_path / "set"), quiet=True)
@@ -549,8 +551,8 @@ def test_parts_that_are_not_of_one_set_or_not_all_are_refused_by_name(tmp_path: 
     other = sorted(map(str, (tmp_path / "other").glob("*.tar")))
     assert f"{other[5]} is of another set than {tars[0]} (made of other inputs)" in refused([*tars[:5], other[5]])
     foreign = theirs(tmp_path / "wds")[0]
-    assert f"{foreign} is no whole shard of `ddpm shard`" in refused([*tars, foreign])
+    assert f"{foreign} is not a complete shard of `ddpm shard`" in refused([*tars, foreign])
     Path(tars[2]).write_bytes(Path(tars[2]).read_bytes()[:-512])
-    assert f"{tars[2]} is no whole shard of `ddpm shard`" in refused(tars)
+    assert f"{tars[2]} is not a complete shard of `ddpm shard`" in refused(tars)
     with pytest.raises(ConfigError, match="is a shard of `ddpm shard`: leave out --size, --channels and --labels"):
         index(tars, str(tmp_path / "set"), size=(4, 4), quiet=True)

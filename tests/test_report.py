@@ -262,7 +262,7 @@ def test_what_is_no_run_or_no_page_is_refused(tmp_path: Path) -> None:
     for request, message in (
         (ReportRequest(str(tmp_path / "gone")), "no such directory: give the run.dir"),
         (ReportRequest(str(run / "previews")), "is not a run"),
-        (ReportRequest(str(run), out=str(tmp_path / "page.pdf")), r"name a \.html file"),
+        (ReportRequest(str(run), out=str(tmp_path / "page.pdf")), r"give a name that ends in \.html"),
     ):
         with pytest.raises(ConfigError, match=message):
             report(request)

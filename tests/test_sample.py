@@ -140,7 +140,7 @@ def test_a_stop_request_takes_effect_before_the_next_network_pass(
         if n == last:
             entered[0].requested = "SIGUSR1"
 
-    with pytest.raises(Stopped, match=r"stop requested \(SIGUSR1\): finished shards stay"):
+    with pytest.raises(Stopped, match=r"stop requested \(SIGUSR1\): finished shards are kept"):
         draw(sampler=sampler, at_pass=at_pass, **{output: place})
     assert Network.passes == last
     assert not [
@@ -361,11 +361,11 @@ def test_trajectories_lead_from_noise_to_the_images(
     [
         ({"strength": 1.5, "from_image": "i.png", "grid": "g.png"}, "--strength 1.5: give a number above 0"),
         ({"strength": 0.5, "grid": "g.png"}, "--strength changes nothing without an image"),
-        ({"trajectory": "t.jpg"}, "--trajectory t.jpg: the sheet is a PNG"),
+        ({"trajectory": "t.jpg"}, "--trajectory t.jpg: the image is a PNG"),
         ({"trajectory": "o/t.png", "out": "o"}, "o/t.png lies in the sample set o"),
-        ({"trajectory": "g.png", "grid": "g.png"}, "both g.png: name two files"),
+        ({"trajectory": "g.png", "grid": "g.png"}, "both g.png: give two files"),
         ({"interpolate": 4, "out": "o"}, "belong to no seed"),
-        ({"interpolate": 4, "trajectory": "t.png"}, "leave out either"),
+        ({"interpolate": 4, "trajectory": "t.png"}, "remove one of them"),
         ({"interpolate": 4, "grid": "g.png"}, "--interpolate takes two seeds, not 10: write --seeds A,B"),
         ({"from_image": "nowhere.png", "out": "o"}, "--from nowhere.png: no such file"),
     ],

@@ -277,7 +277,7 @@ def test_of_two_jobs_with_other_settings_the_second_to_commit_is_refused(
     write(first, first.tasks[:1], listing, channels=1, shard_samples=200)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for task in second.tasks[:2]:
-        with pytest.raises(ConfigError, match=r"set is another set .format was png, now webp"):
+        with pytest.raises(ConfigError, match=r"set was made from other sources or settings .format was png, now webp"):
             write(second, [task], listing, channels=1, shard_samples=200, format="webp")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert finish(out).shards_made == 8
@@ -293,7 +293,7 @@ def test_a_record_of_another_set_is_never_indexed(tmp_path: Path) -> None:
     write(other, other.tasks[1:2], listing, shard_samples=200)
     for path in (tmp_path / "x" / "set").iterdir():
         path.rename(out / path.name)
-    with pytest.raises(ConfigError, match=r"set is another set .channels was 3, now 1"):
+    with pytest.raises(ConfigError, match=r"set was made from other sources or settings .channels was 3, now 1"):
         images.refresh()
 
 

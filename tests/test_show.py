@@ -122,7 +122,7 @@ def test_previews(digits: Path, tmp_path: Path) -> None:
         (tmp_path / f"run/previews/step_{step:08d}.png").write_bytes(b"%d" % step)
     shown(tmp_path / "run", tmp_path / "q.png")
     assert (tmp_path / "q.png").read_bytes() == b"12"
-    with pytest.raises(ConfigError, match="is no run and no set"):
+    with pytest.raises(ConfigError, match="is neither a run nor a set"):
         shown(GOLDEN / "source.zip", tmp_path / "r.png")
     assert not (tmp_path / "r.png").exists()
 

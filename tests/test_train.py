@@ -151,7 +151,7 @@ def test_a_stop_does_not_save_weights_that_have_exploded(
 ) -> None:
     at_gradients(monkeypatch, 3, asks=True)
     settings = ("train.lr=1e30", "train.warmup_steps=0")
-    with pytest.raises(Diverged, match=r"step [34] is not saved: .*; there is no sound checkpoint: start anew"):
+    with pytest.raises(Diverged, match=r"step [34] is not saved: .*; there is no sound checkpoint: start a new run"):
         train.train(configured(digits, tmp_path / "run", *settings), quiet=True)
     assert weights_of(tmp_path / "run") == {}
 
@@ -190,7 +190,7 @@ def test_nothing_starts_from_weights_that_are_not_finite_or_have_exploded(
     shutil.rmtree(old / "checkpoints/step_00000004")
     from_old = configured(digits, tmp_path / "new", f"train.init_from={old}")
     respoilt(old, "ema", 1e30)
-    with pytest.raises(NoCheckpoint, match=f"{old}: its weights give no finite loss: remove it or take an earlier"):
+    with pytest.raises(NoCheckpoint, match=f"{old}: its weights give no finite loss: remove it, or give an earlier"):
         train.train(from_old, quiet=True)
     respoilt(old, "model", 1e30)
     with pytest.raises(NoCheckpoint, match="step_00000006: its weights give no finite loss"):

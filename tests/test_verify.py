@@ -77,7 +77,7 @@ def test_shards_far_beyond_a_million_are_checked_too(tmp_path: Path) -> None:
 def test_a_stop_request_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path / "set")
     monkeypatch.setenv("DDPM_DEADLINE", "1")
-    with pytest.raises(Stopped, match="stopped by the deadline: nothing is proved"):
+    with pytest.raises(Stopped, match="stopped by the deadline: not all files were checked"):
         verify(str(tmp_path / "set"))
 
 
@@ -85,7 +85,7 @@ def test_an_unfinished_set_is_a_finding(tmp_path: Path) -> None:
     write_set(tmp_path)
     (tmp_path / "index.json").unlink()
     (finding,) = verify(str(tmp_path))
-    assert "has no index.json: it is unfinished" in finding
+    assert "is an unfinished shard set (no index.json)" in finding
 
 
 def test_anything_else_is_a_usage_error(tmp_path: Path) -> None:
@@ -93,9 +93,7 @@ def test_anything_else_is_a_usage_error(tmp_path: Path) -> None:
         ConfigError, match="nowhere: no such directory: give a shard set, a sample set, a run or a checkpoint"
     ):
         verify(str(tmp_path / "nowhere"))
-    with pytest.raises(
-        ConfigError, match="is neither a shard set, a sample set, a run nor a checkpoint: give one of these"
-    ):
+    with pytest.raises(ConfigError, match="is a directory: give a shard set, a sample set, a run or a checkpoint"):
         verify(str(tmp_path))
 
 

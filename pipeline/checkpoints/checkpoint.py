@@ -57,7 +57,7 @@ class Checkpoint:
         saved = self.tensors(part)
         if name := first_not_finite(saved):
             raise NoCheckpoint(
-                f"{self.path}: {part}.safetensors is not finite ({name}): remove it or take an earlier checkpoint"
+                f"{self.path}: {part}.safetensors is not finite ({name}): remove it, or give an earlier checkpoint"
             )
         for name, tensor in live.items():
             tensor.copy_(saved[name])
@@ -160,7 +160,7 @@ def newest_checkpoint(run_dir: str) -> tuple[Checkpoint | None, list[str]]:
     if _has_nothing_to_lose(run, steps) and not files.exists(run.done):
         return None, ignored
     raise NoCheckpoint(
-        f"{run_dir}: no valid checkpoint ({'; '.join(ignored)}): restore one, or move the run away to start anew"
+        f"{run_dir}: no valid checkpoint ({'; '.join(ignored)}): restore a checkpoint, or choose another run.dir"
     )
 
 
@@ -183,10 +183,10 @@ def find_checkpoint(source: str) -> tuple[Checkpoint, list[str]]:
         try:
             return _validate(source), []
         except _InvalidError as reason:
-            raise NoCheckpoint(f"{source}: {reason}: take another checkpoint of the run") from None
+            raise NoCheckpoint(f"{source}: {reason}: give another checkpoint of the run") from None
     checkpoint, ignored = newest_checkpoint(source)
     if checkpoint is None:
-        raise NoCheckpoint(f"{source}: holds no checkpoint yet: train first, or give another run")
+        raise NoCheckpoint(f"{source} holds no checkpoint yet: train first, or give another run")
     return checkpoint, ignored
 
 

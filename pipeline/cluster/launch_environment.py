@@ -115,7 +115,7 @@ def prepare_training() -> ProcessRank:
         for name in _MPI_SIZES:
             if (os.environ.get(name) or "").isdecimal() and int(os.environ[name]) > 1:
                 raise ConfigError(
-                    f"{name} is {os.environ[name]}, but WORLD_SIZE is not: MPI starts no ranks here: start with "
+                    f"{name} is {os.environ[name]}, but WORLD_SIZE is not: MPI is not supported: start with "
                     f"`accelerate launch`, or unset {name} for a single process"
                 )
         _unset(*_RANKS, *_RENDEZVOUS, "WORLD_SIZE")

@@ -107,7 +107,7 @@ class Lease:
         if self._is_overtaken():
             self.lost = True
             other = _read(self._run, self._run.lease_generations()[-1])
-            raise RunHeld(f"{self._run.path} was taken over by {other}: this job writes no more")
+            raise RunHeld(f"{self._run.path} was taken over by {other}: this job stops writing to it")
 
     def _wait_for(self, generation: int) -> None:
         """Return when the holder of a generation has released the run or is dead.
@@ -129,7 +129,7 @@ class Lease:
             if now.released or self._run.lease_generations()[-1:] != [generation]:
                 return
             if now != holder:
-                raise RunHeld(f"{run_dir} is held by {holder}: stop that job, or take another run.dir")
+                raise RunHeld(f"{run_dir} is held by {holder}: stop that job, or choose another run.dir")
         self._info(f"taking {run_dir} over from {holder}: it has not moved for {_STILL_S:.0f} s")
 
     def _why_dead(self, holder: Holder) -> str | None:
@@ -182,7 +182,7 @@ def refuse_if_held(run_dir: str) -> None:
         RunHeld: naming the process.
     """
     if holder := living_holders([run_dir]).get(run_dir):
-        raise RunHeld(f"{run_dir} is held by {holder}: stop that job, or take another run.dir")
+        raise RunHeld(f"{run_dir} is held by {holder}: stop that job, or choose another run.dir")
 
 
 def _is_here(holder: Holder) -> bool:

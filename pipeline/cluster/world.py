@@ -159,7 +159,7 @@ def _accelerator(on_cpu: bool, timeout_s: float) -> Accelerator:
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"accelerate cannot start here: {reason}: look at the environment's variables") from error
+        raise ConfigError(f"accelerate cannot start here: {reason}: check the environment variables") from error
 
 
 def init_distributed(device: str, timeout_s: float) -> World:
@@ -174,7 +174,7 @@ def init_distributed(device: str, timeout_s: float) -> World:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "train.device=cuda, but torch sees no CUDA device here: take auto or cpu; `nvidia-smi` tells more"
+            "train.device=cuda, but torch sees no CUDA device here: set it to auto or cpu; `nvidia-smi` shows the GPUs"
         )
     process = launch_environment.prepare_training()
     if process.rank == 0 and (backend := launch_environment.dynamo_backend()):

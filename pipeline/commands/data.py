@@ -37,7 +37,7 @@ def shard(
         str,
         path(
             "folder|none|FILE.csv",
-            "Where the class of an image comes from. folder: the name of its directory, or the label in the source; "
+            "Source of the classes. folder: the name of the image's directory, or the label in the source; "
             "none: no classes; FILE.csv: a table of file names and classes.",
         ),
     ] = "folder",
@@ -57,26 +57,32 @@ def shard(
     workers: Workers = 0,
     image_ext: ImageExt = None,
     max_bad_fraction: MaxBadFraction = 0.05,
-    min_size: Annotated[
-        int, typer.Option(min=1, help="Reject images whose shorter side is below this, in pixels.")
-    ] = 1,
-    background: Annotated[str, typer.Option(help="Color of transparent areas and of the padding.")] = "#ffffff",
+    min_size: Annotated[int, typer.Option(min=1, help="Reject images whose shorter side has fewer pixels.")] = 1,
+    background: Annotated[
+        str, typer.Option(metavar="COLOR", help="Color of transparent areas and of the padding.")
+    ] = "#ffffff",
     dedupe: Annotated[
         Literal["exact", "near"] | None,
-        typer.Option(help="Reject repeated images. exact: equal pixels; near: almost equal. Default: keep."),
+        typer.Option(
+            help="Reject repeated images. exact: equal pixels; near: almost equal pixels. Default: keep them."
+        ),
     ] = None,
     part: Annotated[
-        str, typer.Option(metavar="I/N", help="Write part I of N; the first is 0. The last job writes the index.")
+        str,
+        typer.Option(
+            metavar="I/N",
+            help="Write part I of N, counted from 0. The job that finishes last writes the index.",
+        ),
     ] = "0/1",
     preview: Annotated[
-        str | None, path("FILE.png", "Also write a sheet of 100 images from all over the finished shard set.")
+        str | None, path("FILE.png", "Also write a grid of 100 images, spread evenly over the finished shard set.")
     ] = None,
     features: Annotated[
         str | None,
         path("FILE", "Also compute the features of the images with this network, for `ddpm evaluate`."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a shard set of other sources or settings.")
+        bool, typer.Option("--overwrite", help="Replace a shard set that has other sources or settings.")
     ] = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
@@ -148,7 +154,7 @@ def index(
     out: Annotated[str, path("SHARDSET", "Directory or URL for the index; may be the directory of the tars.")],
     size: Annotated[
         str | None,
-        typer.Option(metavar="PX|HxW", help="Resize images to this size when they are read. Default: their own."),
+        typer.Option(metavar="PX|HxW", help="Resize images to this size when they are read. Default: do not resize."),
     ] = None,
     channels: Annotated[int | None, typer.Option(min=1, max=3, help="3 for color, 1 for grey. Default: 3.")] = None,
     labels: Annotated[

@@ -108,7 +108,7 @@ class Command(TyperCommand):
             formatter.write_dl(rows, col_max=_COLUMN, col_spacing=2)
         if names:
             formatter.write_paragraph()
-            formatter.write_text(f"`--help` explains these too: {', '.join(names)}.")
+            formatter.write_text(f"More options, which --help explains: {', '.join(names)}.")
 
 
 def _names(text: str) -> str:

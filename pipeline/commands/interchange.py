@@ -29,9 +29,9 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model for diffusers: DDPMPipeline.from_pretrained(DIR) loads it. With a model card and the newest preview.
+    """Write a model for diffusers, with a model card and the newest preview. DDPMPipeline.from_pretrained(DIR) loads it.
 
-    The same noise gives the same image there as with --sampler ddpm here. `ddpm import` reads such a directory.
+    From the same noise, diffusers draws the same image as `ddpm sample --sampler ddpm`. `ddpm import` reads DIR again.
     """
     from pipeline.export import export as job
 
@@ -40,8 +40,8 @@ def export(
         messages.summary(json.dumps(result))
     elif not quiet:
         messages.summary(
-            f"{out}: {result['parameters']:,} parameters ({result['weights']}), and a model card without a licence: name "
-            "one at the head of README.md"
+            f"{out}: {result['parameters']:,} parameters ({result['weights']}), and a model card without a licence: add "
+            "the licence at the top of README.md"
         )
 
 
@@ -51,7 +51,7 @@ def import_model(
         typer.Argument(
             callback=arguments.expand_homes,
             metavar="DIFFUSERS_DIR|FILE.pt",
-            help="A directory of diffusers, ckpt.pt of w86763777/pytorch-ddpm, or model….pt or ema….pt of OpenAI's "
+            help="A diffusers directory, ckpt.pt of w86763777/pytorch-ddpm, or model….pt or ema….pt of OpenAI's "
             "improved-diffusion or guided-diffusion.",
         ),
     ],
@@ -59,11 +59,11 @@ def import_model(
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="PX|HxW", help="FILE.pt: size of the images. Needed, unless the file has noise of this size."
+            metavar="PX|HxW", help="FILE.pt: size of the images. Required, unless the file has noise of this size."
         ),
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="OpenAI: num_heads of training. This or --head-channels is needed.")
+        int | None, typer.Option(min=1, help="OpenAI: num_heads of training. Give this or --head-channels.")
     ] = None,
     head_channels: Annotated[
         int | None, typer.Option(min=1, help="OpenAI: num_head_channels of training, instead of --num-heads.")
@@ -82,14 +82,12 @@ def import_model(
         bool | None,
         typer.Option(
             "--rescale-timesteps/--no-rescale-timesteps",
-            help="OpenAI: rescale_timesteps of training. Needed unless there are 1000 timesteps.",
+            help="OpenAI: rescale_timesteps of training. Required, unless there are 1000 timesteps.",
         ),
     ] = None,
     prediction_type: Annotated[
         Literal["epsilon", "sample", "v_prediction"] | None,
-        typer.Option(
-            help="FILE.pt: what the network predicts; predict_xstart and xstart are sample. Default: epsilon."
-        ),
+        typer.Option(help="FILE.pt: what the network predicts; sample: predict_xstart, xstart. Default: epsilon."),
     ] = None,
     variance: Annotated[
         Literal["fixed_large", "fixed_small"] | None,
@@ -99,16 +97,16 @@ def import_model(
         bool | None,
         typer.Option(
             "--clip/--no-clip",
-            help="FILE.pt: clip estimates of the clean image when sampling. Default: as the project's own sampler does: "
+            help="FILE.pt: clip estimates of the clean image when sampling. Default: as the sampler of that project: "
             "OpenAI clips, w86763777 does not.",
         ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a run of a model from elsewhere, for sample, verify, export, and train.init_from of a new run.
+    """Convert a model of another project into a run, for sample, verify, export, and train.init_from of a new run.
 
-    It cannot be resumed. Nothing in a file is run. What neither names nor shapes of weights tell are flags.
+    The new run cannot be resumed. No code in the file is executed. Options give what the weights do not show.
     """
     from pipeline.import_model import ImportSettings
     from pipeline.import_model import import_model as job
@@ -122,5 +120,5 @@ def import_model(
         messages.summary(json.dumps(result))
     elif not quiet:
         taken = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result["taken"].items())
-        told = f"; taken, if not given: {taken}" if taken else ""
+        told = f"; values that no option gave: {taken}" if taken else ""
         messages.summary(f"{out}: {result['parameters']:,} parameters from {result['from']}{told}")

@@ -14,15 +14,15 @@ from pipeline.errors import ConfigError
 from pipeline.solvers import SamplerName, Spacing
 
 _STRENGTH = (
-    "With --from: share of the schedule's noise to add, above 0 (the image itself) to 1 (a new image). Default: 0.5."
+    "With --from: share of the noise schedule to add: near 0 keeps the image, 1 draws a new image. Default: 0.5."
 )
 _INTERPOLATE = (
-    "Draw N images from seed A to seed B of --seeds A,B, all of the class of A, into --grid (one row) or --video; for "
-    "samplers without noise."
+    "With --seeds A,B: draw N images from seed A to seed B, all of the class of A, into --grid (one row) or --video. "
+    "Only for samplers that add no noise."
 )
 _EMA_LENGTH = (
-    "Use an average of the weights of this length instead of the run's own: its width relative to the run, such as 0.08 "
-    "(σ_rel); for runs with run.ema_snapshot_every."
+    "Use averaged weights of another length: the width of the average relative to the run, such as 0.08 (σ_rel). Only "
+    "for runs with run.ema_snapshot_every."
 )
 
 
@@ -37,13 +37,13 @@ def sample(
         typer.Argument(
             callback=arguments.expand_homes,
             metavar="RUN|CHECKPOINT|DIFFUSERS_DIR",
-            help="The trained model: a run, one of its checkpoints, or a directory of diffusers.",
+            help="The trained model: a run, one of its checkpoints, or a diffusers directory.",
         ),
     ],
     seeds: Annotated[
         str,
         typer.Option(
-            metavar="A-B|A|LIST", help="Draw one image for each seed: A-B (both included), A, or a comma list of both."
+            metavar="A-B|A|LIST", help="Seeds, one for each image: A-B (B included), A, or a list such as 0-9,42."
         ),
     ],
     out: Annotated[str | None, path("SAMPLES", "Sample set to write or extend: directory or URL.")] = None,
@@ -58,7 +58,7 @@ def sample(
         str | None,
         typer.Option(
             metavar="CLASS",
-            help="Class of all images: its name, or its number from 0. Default: all classes in turn, by seed.",
+            help="Class of all images: its name, or its number from 0. Default: seed modulo the number of classes.",
         ),
     ] = None,
     guidance: Annotated[float | None, _sampling("guidance", min=0)] = None,
@@ -67,32 +67,32 @@ def sample(
     precision: Annotated[Literal["bf16", "fp32"] | None, _sampling("precision")] = None,
     size: Annotated[str | None, _sampling("size", metavar="PX|HxW")] = None,
     guide: Annotated[
-        str | None, path("RUN|CHECKPOINT", "Worse model for autoguidance, such as an earlier checkpoint of the run.")
+        str | None, path("RUN|CHECKPOINT", "Weaker model for autoguidance, such as an earlier checkpoint of the run.")
     ] = None,
     shard_samples: Annotated[
         int | None, typer.Option(min=1, help="Seeds in a shard, a multiple of --batch. Default: 1 to 4 batches.")
     ] = None,
     format: Annotated[
         Literal["tar", "png", "npz"],
-        typer.Option(help="tar: tars of PNGs, a shard set; png: a PNG for each seed; npz: an array for each shard."),
+        typer.Option(help="tar: PNGs in tars, a shard set; png: a PNG for each seed; npz: an array for each shard."),
     ] = "tar",
-    grid: Annotated[str | None, path("FILE.png", "Also write a sheet of the first 100 images.")] = None,
+    grid: Annotated[str | None, path("FILE.png", "Also write a grid of the first 100 images.")] = None,
     video: Annotated[
-        str | None, path("FILE.mp4", "Also write a video of how the first images emerge from noise.")
+        str | None, path("FILE.mp4", "Also write a video of the first images, from noise to image.")
     ] = None,
     trajectory: Annotated[
-        str | None, path("FILE.png", "Also write a sheet of the first 8 seeds, a row each, from noise to image.")
+        str | None, path("FILE.png", "Also write a grid of the first 8 seeds, one row each, from noise to image.")
     ] = None,
     from_image: Annotated[
         str | None,
-        path("IMAGE", "Start from this image with noise added (SDEdit): a variation for each seed.", "--from"),
+        path("IMAGE", "Start from this image with added noise (SDEdit); each seed draws a variation.", "--from"),
     ] = None,
     strength: Annotated[float | None, typer.Option(metavar="S", help=_STRENGTH)] = None,
     interpolate: Annotated[int | None, typer.Option(min=2, metavar="N", help=_INTERPOLATE)] = None,
     best: Annotated[
         bool,
         typer.Option(
-            "--best", help="Use the checkpoint of RUN with the lowest Fréchet distance by run.evaluate_every."
+            "--best", help="Use the checkpoint of RUN with the lowest Fréchet distance; needs run.evaluate_every."
         ),
     ] = False,
     ema: Annotated[
@@ -103,9 +103,9 @@ def sample(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw samples; the same command again draws only missing images. Any number of processes share the work.
+    """Draw samples; the same command again draws only missing images. Several processes can share the work.
 
-    Options from --sampler to --size that are not given are those of the sample set if it was begun, else of the run.
+    Default of the options from --sampler to --size: the value of the sample set, if it exists; else that of the run.
     """
     from pipeline import sample as job
     from pipeline.checkpoints.checkpoint import best_checkpoint
@@ -137,7 +137,7 @@ def evaluate(
         typer.Argument(
             callback=arguments.expand_homes,
             metavar="SAMPLES|RUN",
-            help="Sample set, or any shard set; with --likelihood a run, a checkpoint or a diffusers directory.",
+            help="Sample set or any shard set; with --likelihood: a run, a checkpoint or a diffusers directory.",
         ),
     ],
     against: Annotated[str | None, path("SHARDSET", "Shard set to compare the samples with.")] = None,
@@ -145,31 +145,31 @@ def evaluate(
         str | None,
         path(
             "FILE|inception",
-            "Network in whose features sets are compared: .npz of a CIFAR ResNet, TorchScript, or .pt2 of torch.export; "
-            "inception: the standard file of FID, fetched once. TorchScript runs code: name only files that you trust.",
+            "Network that computes the features: .npz of a CIFAR ResNet, TorchScript, or .pt2 of torch.export; inception: "
+            "the standard network of FID, downloaded once. TorchScript runs code: use only files that you trust.",
         ),
     ] = None,
     likelihood: Annotated[
         str | None,
-        path("SHARDSET", "Instead: bits per dimension of this set by the model; as many passes as timesteps."),
+        path("SHARDSET", "Compute bits per dimension of this set instead; one network pass for each timestep."),
     ] = None,
     cache: Annotated[
-        str | None, path("DIR", "Where features are kept, 4 bytes a feature and image. Default: beside each set.")
+        str | None, path("DIR", "Directory of the features, 4 bytes a feature and image. Default: beside each set.")
     ] = None,
     nearest: Annotated[
-        str | None, path("FILE.png", "Also write a sheet of samples beside their nearest images of --against.")
+        str | None, path("FILE.png", "Also write a grid of samples beside their nearest images of --against.")
     ] = None,
     log: Annotated[
-        str | None, path("RUN", "Also write the figures into the TensorBoard of the run that drew the samples.")
+        str | None, path("RUN", "Also write the figures to TensorBoard, for the run that drew the samples.")
     ] = None,
     ema: Annotated[bool, typer.Option("--ema/--no-ema", help="With --likelihood: use the averaged weights.")] = True,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure samples against a shard set, with 95 % intervals. Any number of processes share the work.
+    """Compare samples with a shard set: FID and other figures, with 95 % intervals. Several processes can share the work.
 
-    Features of each shard are computed once and kept; the same command again computes only missing ones.
+    Features of each shard are computed once and stored; the same command again computes only missing features.
     """
     from pipeline import evaluate as job
 

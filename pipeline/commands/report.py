@@ -12,17 +12,17 @@ from pipeline.commands.options import AsJson, Quiet, path
 
 
 def report(
-    run: Annotated[str, typer.Argument(callback=arguments.expand_homes, metavar="RUN", help="The run: finished or not.")],
+    run: Annotated[str, typer.Argument(callback=arguments.expand_homes, metavar="RUN", help="The run, finished or not.")],
     out: Annotated[str | None, path("FILE.html", "HTML file to write. Default: report.html in RUN.")] = None,
     samples: Annotated[str | None, path("SAMPLES", "Also show images of this sample set (in tars), and the figures and nearest images that `ddpm evaluate SAMPLES` found.")] = None,
-    nearest: Annotated[str | None, path("FILE.png", "Sheet of `ddpm evaluate --nearest`. Default: the one that it wrote last for SAMPLES.")] = None,
-    previews: Annotated[int, typer.Option(min=1, max=200, help="Most previews that the page holds, evenly spread over the run.")] = 24,
+    nearest: Annotated[str | None, path("FILE.png", "Image that `ddpm evaluate --nearest` wrote. Default: its newest image for SAMPLES.")] = None,
+    previews: Annotated[int, typer.Option(min=1, max=200, help="Largest number of previews in the page, spread evenly over the run.")] = 24,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Write one HTML page about a run: curves, previews, samples, figures, data, starts, configuration.
+    """Write one HTML page about a run: curves, previews, samples, figures, data, restarts, configuration.
 
-    The page needs no network and no other file: send it as it is. It shows paths and host names of the run.
+    You can send the page as it is: it needs no other file and no network. It shows paths and host names of the run.
     """
     from pipeline import report as job
 

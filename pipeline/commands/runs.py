@@ -18,7 +18,7 @@ def train(
     override: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY", help="Allow a resumed run to change this key, such as train.lr, which it otherwise keeps."
+            metavar="KEY", help="Let a resumed run change this key, such as train.lr; otherwise the change is refused."
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -42,22 +42,23 @@ def plan(
     config: ConfigFile,
     settings: Settings = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Images in the shard set, to show epochs in steps.")
+        int | None, typer.Option(min=1, help="Number of images in the shard set; shows the steps of an epoch.")
     ] = None,
-    memory: Annotated[str | None, typer.Option(metavar="24GiB", help="Memory of the GPU: marks what fits.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="24GiB", help="Memory of the GPU; shows what fits.")] = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="h100, a100, 4090, …: shows images/s at 40 % of its bf16 peak.")
+        str | None,
+        typer.Option(metavar="NAME", help="GPU (h100, a100, 4090, …); shows images/s at 40 % of its bf16 peak."),
     ] = None,
     flops: Annotated[
-        float | None, typer.Option(metavar="400e12", min=1, help="FLOP/s measured in training, instead of --gpu.")
+        float | None, typer.Option(metavar="400e12", min=1, help="FLOP/s that you have measured, instead of --gpu.")
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option(metavar="2.50", min=0, help="Price of an hour of the GPU: shows the cost of the run."),
+        typer.Option(metavar="2.50", min=0, help="Price of the GPU for one hour; shows the cost of the run."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a configuration needs before it runs: memory and time on a GPU, numbers of processes, sizes on disk."""
+    """Show what a configuration needs: GPU memory, time, possible numbers of processes, disk space."""
     memory_bytes = arguments.memory(memory) if memory else None
     from pipeline import plan as job
 
@@ -71,10 +72,10 @@ def plan(
 def doctor(
     run: Annotated[str | None, path("RUN", "Also show the state of this run.")] = None, as_json: AsJson = False
 ) -> None:
-    """Show what this machine has, how a run here would work, and what is missing. Exit code 3: a run is impossible."""
+    """Show what this machine has, how a run would work here, and what is missing. Exit code 3: no run is possible."""
     from pipeline import doctor as job
 
     report = job.examine(run)
     messages.result(json.dumps(report) if as_json else job.as_text(report))
     if not report["ok"]:
-        raise DataError("no run can be made here: mend what is listed as missing above")
+        raise DataError("no run is possible here: install or correct what is listed as missing above")

@@ -14,7 +14,9 @@ from pipeline.commands.options import AsJson, Quiet, path
 def init(
     out: Annotated[
         str,
-        typer.Argument(callback=arguments.expand_homes, metavar="[DIR]", help="Where to; made if it is missing."),
+        typer.Argument(
+            callback=arguments.expand_homes, metavar="[DIR]", help="Directory to copy into; created if missing."
+        ),
     ] = ".",
     quiet: Quiet = False,
 ) -> None:
@@ -37,7 +39,7 @@ def show(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what PATH is (run, checkpoint, set, model, images), how far it is, and what to do with it next."""
+    """Show what PATH is (run, checkpoint, set, model, images), its progress, and the command to use next."""
     from pipeline import show as job
 
     shown = job.show(source, preview)
@@ -47,7 +49,7 @@ def show(
 def runs(
     directory: Annotated[
         str,
-        typer.Argument(callback=arguments.expand_homes, metavar="[DIR]", help="Directory or URL that holds runs."),
+        typer.Argument(callback=arguments.expand_homes, metavar="[DIR]", help="Directory or URL that contains runs."),
     ] = "runs",
     as_json: AsJson = False,
 ) -> None:

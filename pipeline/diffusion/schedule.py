@@ -46,7 +46,7 @@ class Schedule:
         scale = 1000 / timesteps
         if scale * 0.02 >= 1:
             raise ConfigError(
-                f"diffusion.timesteps: {timesteps} is too few for the linear schedule: take at least 21, or cosine"
+                f"diffusion.timesteps: {timesteps} is too few for the linear schedule: use at least 21, or cosine"
             )
         return cls._of_betas(torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64))
 

@@ -130,7 +130,7 @@ def load(name: str, device: torch.device, size: tuple[int, int]) -> Extractor:
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{url} is damaged, or no feature file ({error}): {_KINDS}") from error
     if damaged:
-        raise DataError(f"{url} is damaged, in {damaged}: fetch it again")
+        raise DataError(f"{url} is damaged, in {damaged}: download it again")
     network: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     if any(name.endswith(".npy") for name in members):
         network, preprocessing = _cifar_resnet(url, data).to(device), "rgb, 0 to 1, ImageNet's mean and deviation"
@@ -139,7 +139,7 @@ def load(name: str, device: torch.device, size: tuple[int, int]) -> Extractor:
     elif any(name.endswith("/constants.pkl") for name in members):
         network, preprocessing = _torchscript(url, data, device)
     else:
-        raise ConfigError(f"{url} is of no kind that is known here: {_KINDS}")
+        raise ConfigError(f"{url} has an unknown format: {_KINDS}")
     extractor = Extractor(url, hashlib.sha256(data).hexdigest(), preprocessing, device, network)
     extractor(torch.zeros((2, 3, *size), dtype=torch.uint8))
     return extractor
@@ -170,12 +170,12 @@ def _inception() -> tuple[str, bytes]:
         data = files.read_bytes(path if is_cached else _INCEPTION_URL)
     except (OSError, DataError, ConfigError) as error:
         raise ConfigError(
-            f"--features inception: {_INCEPTION_URL} cannot be fetched ({error_text(error)}): fetch it on another "
+            f"--features inception: {_INCEPTION_URL} cannot be downloaded ({error_text(error)}): fetch it on another "
             f"machine (sha256 {INCEPTION_SHA256}) and copy it to {path}, or name the file with --features"
         ) from error
     if (sha256 := hashlib.sha256(data).hexdigest()) != INCEPTION_SHA256:
         where = path if is_cached else _INCEPTION_URL
-        raise DataError(f"{where} has the sha256 {sha256}, not {INCEPTION_SHA256}: remove it and fetch it again")
+        raise DataError(f"{where} has the sha256 {sha256}, not {INCEPTION_SHA256}: remove it and download it again")
     if not is_cached:
         files.write_bytes(path, data)
     return path, data
@@ -225,7 +225,7 @@ def _cifar_resnet(url: str, data: bytes) -> nn.Module:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             weights = {name: torch.from_numpy(file[name]) for name in file.files if not name.endswith(_COUNTER)}
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{url} holds something else than tensors ({error}): {_KINDS}") from error
+        raise ConfigError(f"{url} contains something other than tensors ({error}): {_KINDS}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     blocks = [len([name for name in shapes if re.fullmatch(rf"layer{i}\.\d+\.conv1\.weight", name)]) for i in (1, 2, 3)]
     width, classes = ((*shapes.get(name, ()), 1)[0] for name in ("conv1.weight", "linear.weight"))

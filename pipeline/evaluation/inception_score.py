@@ -51,7 +51,7 @@ def _probabilities(logits: NDArray[np.float32]) -> Iterator[tuple[slice, NDArray
         block = slice(start, start + _BLOCK)
         rows = logits[block].astype(np.float64)
         if not np.isfinite(rows).all():
-            raise DataError("some logits of the samples are not finite: take other --features")
+            raise DataError("some logits of the samples are not finite: use other --features")
         p = np.exp(rows - rows.max(axis=1, keepdims=True))
         yield block, p / p.sum(axis=1, keepdims=True)
 

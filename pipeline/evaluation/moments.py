@@ -38,7 +38,7 @@ class Moments:
         """
         bad = np.count_nonzero(~np.isfinite(features).all(axis=1))
         if bad:
-            raise DataError(f"the features of {bad} of {len(features)} images are not finite: take other --features")
+            raise DataError(f"the features of {bad} of {len(features)} images are not finite: use other --features")
         mean = features.mean(axis=0, dtype=np.float64)
         centred = features - mean
         return Moments(len(features), mean, centred.T @ centred / max(len(features) - 1, 1))

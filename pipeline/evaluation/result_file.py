@@ -61,9 +61,9 @@ def parse(url: str) -> tuple[dict[str, Any], Arrays]:
         digest = identity.pop("sha256")
         is_sound = 0 < len(arrays) <= _MAX_ARRAYS and all(array.dtype == np.float32 for array in arrays.values())
     except (DataError, safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{url} is no file of results ({untrusted.error_text(error)}): remove it") from error
+        raise DataError(f"{url} is not a file of results ({untrusted.error_text(error)}): remove it") from error
     if not is_sound or digest != _digest(identity, arrays):
-        raise DataError(f"{url} does not have the sha256 it was written with, it is damaged: remove it")
+        raise DataError(f"{url} does not have the sha256 that it was written with: it is damaged: remove it")
     return identity, arrays
 
 

@@ -100,7 +100,7 @@ class ShardResults:
         if identity != self._identity(i) or {len(array) for array in arrays.values()} != {
             self.shards.shards[i].samples
         }:
-            raise DataError(f"{url} holds results of something else: remove it, the same command makes it again")
+            raise DataError(f"{url} holds results of something else: remove it; the same command makes it again")
         return arrays
 
     def _identity(self, i: int) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def read(source: str, directory: str) -> StoredModel:
         {},
     )
     if not scheduler:
-        messages.info(f"{source} has no scheduler_config.json: taken to be trained on the diffusion of Ho et al. 2020")
+        messages.info(f"{source} has no scheduler_config.json: it is used with the diffusion of Ho et al. 2020")
     names = unet.get("id2label")
     if names is None and _has(source, "model_index.json"):
         names = _read(files.join(source, "model_index.json")).get("id2label")
@@ -173,8 +173,8 @@ def _parts(directory: str, name: str) -> list[tuple[str, set[str] | None]]:
     for file in wanted:
         if not (_PART.fullmatch(file) or _WHOLE.fullmatch(file)):
             raise DataError(
-                f"{files.join(directory, name)} names the file {untrusted.printable(file[:100])}, which is none of "
-                f"{_STEM}-00001-of-00002.safetensors and so on beside it"
+                f"{files.join(directory, name)} names the file {untrusted.printable(file[:100])}, which has another "
+                f"form than {_STEM}-00001-of-00002.safetensors"
             )
     if len(wanted) > _MAX_PARTS:
         raise DataError(f"{files.join(directory, name)} names {len(wanted)} files, more than {_MAX_PARTS}")
@@ -185,8 +185,8 @@ def _refuse_other_formats(directory: str, listing: list[str]) -> None:
     other = next((name for name in listing if name.startswith(_STEM) and name.endswith(_OTHER_FORMATS)), None)
     if other:
         raise DataError(
-            f"{directory} has its weights in {untrusted.printable(other)}, which may run code when it is read, so only "
-            f"safetensors are: convert it with diffusers, UNet2DModel.from_pretrained({directory!r})"
+            f"{directory} has its weights in {untrusted.printable(other)}, which may run code when it is read: "
+            f"convert it with diffusers, UNet2DModel.from_pretrained({directory!r})"
             f".save_pretrained({directory!r}, safe_serialization=True)"
         )
     raise DataError(f"{directory} has no {_STEM}.safetensors: copy it too, or save it with safe_serialization=True")
@@ -200,7 +200,7 @@ def _tensors(file: str, data: bytes) -> dict[str, Tensor]:
     if other := next((name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES), None):
         kind = str(tensors[other].dtype).removeprefix("torch.")
         raise DataError(
-            f"{file} holds quantised weights ({untrusted.printable(other)}: {kind}): take those in float16 or wider"
+            f"{file} holds quantized weights ({untrusted.printable(other)}: {kind}): use weights in float16 or wider"
         )
     return {name: tensor.float() for name, tensor in tensors.items()}
 

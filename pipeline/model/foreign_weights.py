@@ -80,7 +80,7 @@ def refuse_lucidrains(content: Any, url: str) -> None:
     if any(str(name).removeprefix("model.").startswith(("init_conv.", "time_mlp.", "init_")) for name in names):
         raise ConfigError(
             f"{url} is a checkpoint of lucidrains' denoising-diffusion-pytorch: its network has RMSNorm, linear "
-            "attention and memory keys, which the U-Net of Ho et al. 2020 has not: sample from it with that package"
+            "attention and memory keys, which the U-Net of Ho et al. 2020 does not have: sample with that package"
         )
 
 
@@ -162,7 +162,7 @@ def _check_table(table: Tensor, base: int) -> None:
     angles = torch.arange(len(table))[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, base, 2) / base)
     usual = torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)
     if table.shape != usual.shape or (table - usual).abs().max() > 1e-2:
-        raise ConfigError("its table of time embeddings is not that of sines and cosines, which is the only one here")
+        raise ConfigError("its table of time embeddings is not that of sines and cosines, which this package needs")
 
 
 def _openai(weights: Mapping[str, Tensor], told: Told) -> Network:
@@ -235,7 +235,7 @@ def _by_head_last(rows: Tensor, told: Told) -> Tensor:
     if not heads or width % heads or (told.head_channels and width % told.head_channels):
         flag = f"--num-heads {told.num_heads}" if told.num_heads else f"--head-channels {told.head_channels}"
         raise ConfigError(
-            f"{flag} does not divide the {width} channels of its attention: give what it was trained with"
+            f"{flag} does not divide the {width} channels of its attention: give the value of its training"
         )
     return rows.reshape(heads, 3, width // heads, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 

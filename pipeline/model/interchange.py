@@ -98,7 +98,7 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[name] = value
     for name, parts in attention.items():
         if len(parts) < len(_QKV):
-            raise DataError(f"weights of {name}: only {', '.join(parts)} there; take the file of a whole UNet2DModel")
+            raise DataError(f"weights of {name}: only {', '.join(parts)} there; use the file of a whole UNet2DModel")
         renamed[name] = torch.cat([parts[part] for part in _QKV])
     return renamed
 
@@ -228,7 +228,7 @@ def section_from_diffusers(config: Mapping[str, Any]) -> tuple[ModelSection, int
     }
     problems += [f"{key} is {config.get(key)!r}" for key, (value, allowed) in wanted.items() if value not in allowed]
     if problems:
-        raise ConfigError(f"this diffusers model is not one that can be expressed here: {'; '.join(problems)}")
+        raise ConfigError(f"this diffusers model has options that this package does not support: {'; '.join(problems)}")
     section = ModelSection(
         base_channels=base,
         channel_mults=tuple(width // base for width in widths),

@@ -124,7 +124,7 @@ def diffusion_from_diffusers(
     if kind not in _ENDS:
         raise ConfigError(
             f"this diffusers model has the scheduler {printable(str(kind))}, which is not one of networks trained on "
-            f"discrete timesteps with betas, as here: take a model with one of {', '.join(sorted(_ENDS))}"
+            f"discrete timesteps with betas, as here: use a model with one of {', '.join(sorted(_ENDS))}"
         )
     timesteps = scheduler.get("num_train_timesteps", 1000)
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
@@ -146,12 +146,12 @@ def diffusion_from_diffusers(
     if clip and scheduler.get("clip_sample_range", 1.0) != 1.0:
         problems.append(f"clip_sample_range is {scheduler['clip_sample_range']!r}")
     if problems:
-        raise ConfigError(f"this diffusers {kind} is not one that can be expressed here: {'; '.join(problems)}")
+        raise ConfigError(
+            f"this diffusers {kind} has options that this package does not support: {'; '.join(problems)}"
+        )
     unknown = sorted(key for key in scheduler.keys() - _SAMPLING_KEYS - _READ - _SUPPORTED.keys() if key[:1] != "_")
     if unknown:
-        messages.warning(
-            f"scheduler_config.json: {printable(', '.join(unknown))}: not known here, so left out of account"
-        )
+        messages.warning(f"scheduler_config.json: {printable(', '.join(unknown))}: unknown keys, which are ignored")
     section = DiffusionSection(
         timesteps=timesteps,
         schedule=_SCHEDULES[scheduler.get("beta_schedule", "linear")],

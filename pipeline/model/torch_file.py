@@ -101,7 +101,7 @@ class TorchFile(AbstractContextManager["TorchFile"]):
         self._file.seek(0)
         if self._file.read(len(_OLD_FORMAT)) == _OLD_FORMAT:
             return DataError(
-                f"{self._url} has the format of torch before 1.6: write it anew with torch.save(torch.load("
+                f"{self._url} has the format of torch before 1.6: save it again with torch.save(torch.load("
                 f"{self._url!r}, weights_only=True), NEW_FILE)"
             )
         return DataError(f"{self._url} is not a file of torch.save ({error_text(error)}): give one, or copy it again")
@@ -146,7 +146,9 @@ class TorchFile(AbstractContextManager["TorchFile"]):
                     and math.prod(side or 1 for side in shape) * dtype.itemsize <= self._left
                 ):
                     return self._read(name, key, dtype, offset, shape, strides)
-        raise DataError(f"{self._url}: {printable(name, 200)} is no tensor that fits into the file: copy it again")
+        raise DataError(
+            f"{self._url}: {printable(name, 200)} is a tensor that does not fit into the file: copy it again"
+        )
 
     def _read(
         self, name: str, key: str, dtype: torch.dtype, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]

@@ -256,7 +256,7 @@ class UNet(nn.Module):
             fits = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
             raise ConfigError(
                 f"data.size: {height}x{width} cannot be halved {self.halvings} times, as the"
-                f" {self.halvings + 1} levels of model.channel_mults need: take multiples of {multiple},"
+                f" {self.halvings + 1} levels of model.channel_mults need: use multiples of {multiple},"
                 f" such as {fits[0]}x{fits[1]}"
             )
 
@@ -293,10 +293,10 @@ def _check_section(section: ModelSection, widths: list[int]) -> None:
         if section.head_channels and width % section.head_channels:
             raise ConfigError(
                 f"model.head_channels: {section.head_channels} does not divide the {width} channels of a level:"
-                " take a divisor of model.base_channels"
+                " use a divisor of model.base_channels"
             )
         if section.num_heads and width % section.num_heads:
             raise ConfigError(
                 f"model.num_heads: {section.num_heads} does not divide the {width} channels of a level:"
-                " take a divisor of model.base_channels"
+                " use a divisor of model.base_channels"
             )

@@ -62,7 +62,7 @@ def _choose_socket_directory() -> None:
     except (StopIteration, OSError):
         most = _LONGEST_SOCKET_NAME - _SOCKET_SUFFIX
         raise ConfigError(
-            f"TMPDIR is {base}, too long a name for a socket in it: set TMPDIR to one of at most {most} bytes"
+            f"TMPDIR is {base}, too long for the name of a socket: set TMPDIR to a path of at most {most} bytes"
         ) from None
     finally:
         tempfile.tempdir = own

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline import config_file
+from pipeline import config_file, path_kind
 from pipeline.checkpoints.checkpoint import committed_step
 from pipeline.checkpoints.run_dir import RunDir
 from pipeline.cluster import failure, lease, starts
@@ -89,7 +89,7 @@ def read(path: str) -> RunFacts:
     if not files.is_dir(path):
         raise ConfigError(f"{path}: no such directory: give the run.dir of a run")
     if not files.exists(run.config):
-        raise ConfigError(f"{path} is not a run (no config.yaml): give the run.dir of a run")
+        raise ConfigError(f"{path_kind.not_a_run(path)}: give the run.dir of a run")
     try:
         config = config_file.parse_stored(files.read_bytes(run.config).decode(), run.config)
     except UnicodeDecodeError:

@@ -64,7 +64,7 @@ def read(checkpoint: Checkpoint, updates: int, length: float) -> tuple[dict[str,
             total[name] += tensor.double() * weight
     result = {name: tensor.float() for name, tensor in total.items()}
     if wrong := first_not_finite(result):
-        raise DataError(f"--ema-length {length:g}: gives weights that are not finite ({wrong}): take another length")
+        raise DataError(f"--ema-length {length:g}: gives weights that are not finite ({wrong}): give another length")
     _report(length, len(stored) - 1, distance)
     hashes = [checkpoint.manifest_sha256, *(part.source.sha256 for part in stored if isinstance(part.source, Snapshot))]
     return result, hashlib.sha256(" ".join([*hashes, f"{length!r}"]).encode()).hexdigest()

@@ -382,19 +382,19 @@ def _check_guide(guide: str, other: Pretrained, model: Pretrained) -> None:
     alike = [f"diffusion.{key}" for key in DiffusionSection.model_fields if key not in _LOSS_KEYS]
     sizes = other.config.data.height_width, model.config.data.height_width
     if other.identity == model.identity:
-        raise ConfigError(f"--guide {guide} is the model itself and would change nothing: take an earlier checkpoint")
+        raise ConfigError(f"--guide {guide} is the model itself and would change nothing: give an earlier checkpoint")
     changed = differences(other.config, model.config)
     different = different_networks(other.config, model.config) | {key: changed[key] for key in alike if key in changed}
     if sizes[0] != sizes[1]:
         different["data.size"] = sizes
     if different:
         raise ConfigError(
-            f"--guide {guide} is another network or diffusion ({listed_differences(different)}): take an earlier "
-            "checkpoint of the same run, or a run trained alike"
+            f"--guide {guide} is another network or diffusion ({listed_differences(different)}): give an earlier "
+            "checkpoint of the same run, or a run with the same network and diffusion"
         )
     names, guide_names = model.class_names, other.class_names
     if names and guide_names and class_names.mapping(guide_names, names) is None:
         raise ConfigError(
-            f"--guide {guide} has other classes ({class_names.compared(guide_names, names)}): take a model trained "
-            "alike"
+            f"--guide {guide} has other classes ({class_names.compared(guide_names, names)}): give a model with "
+            "the same classes"
         )

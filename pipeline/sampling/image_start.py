@@ -55,7 +55,9 @@ def check_strength(strength: float) -> None:
         ConfigError: it is not.
     """
     if not 0 < strength <= 1:
-        raise ConfigError(f"--strength {strength:g}: give a number above 0 (the image itself) and up to 1 (a new one)")
+        raise ConfigError(
+            f"--strength {strength:g}: give a number above 0 (the image itself) and up to 1 (a new image)"
+        )
 
 
 def read(path: str, strength: float, height_width: tuple[int, int], channels: int) -> ImageStart:
@@ -80,5 +82,5 @@ def read(path: str, strength: float, height_width: tuple[int, int], channels: in
         image = preprocess.preprocess_image(data, size=height_width, channels=channels)
     except preprocess.Rejected as error:
         reason = preprocess.REASONS[error.reason] + (f" ({error.detail})" if error.detail else "")
-        raise DataError(f"--from {path}: {reason}: take another image") from None
+        raise DataError(f"--from {path}: {reason}: give another image") from None
     return ImageStart(image.array, strength)

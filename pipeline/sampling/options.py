@@ -73,14 +73,14 @@ class SamplingRequest:
             raise ConfigError("nothing to write: give --out SAMPLES, --grid FILE.png or --video FILE.mp4")
         for path in (self.grid, self.video, self.trajectory):
             if path and self.out and path.startswith(self.out.rstrip("/") + "/"):
-                raise ConfigError(f"{path} lies in the sample set {self.out}: name a place beside it")
+                raise ConfigError(f"{path} lies in the sample set {self.out}: give a path outside of it")
             if path and files.is_dir(path):
-                raise ConfigError(f"{path} is a directory: name a file in it")
+                raise ConfigError(f"{path} is a directory: give a file")
         for name, sheet in (("grid", self.grid), ("trajectory", self.trajectory)):
             if sheet and not sheet.lower().endswith(".png"):
-                raise ConfigError(f"--{name} {sheet}: the sheet is a PNG: name a .png file")
+                raise ConfigError(f"--{name} {sheet}: the image is a PNG: give a name that ends in .png")
         if self.trajectory and self.trajectory == self.grid:
-            raise ConfigError(f"--grid and --trajectory are both {self.grid}: name two files")
+            raise ConfigError(f"--grid and --trajectory are both {self.grid}: give two files")
         if self.video:
             video.check(self.video)
 
@@ -93,7 +93,7 @@ class SamplingRequest:
         if self.ema_length is not None:
             check_length(self.ema_length, "--ema-length")
             if not self.ema:
-                raise ConfigError("--no-ema and --ema-length exclude each other: drop one")
+                raise ConfigError("--no-ema and --ema-length cannot both be set: remove one")
         if self.strength is not None:
             check_strength(self.strength)
             if not self.from_image:
@@ -106,7 +106,9 @@ class SamplingRequest:
                 "each: leave out --out, and give --grid FILE.png or --video FILE.mp4"
             )
         if self.trajectory:
-            raise ConfigError("--trajectory shows seeds, and --interpolate draws images between them: leave out either")
+            raise ConfigError(
+                "--trajectory shows seeds, and --interpolate draws images between them: remove one of them"
+            )
         if self.images != 2:
             raise ConfigError(f"--interpolate takes two seeds, not {self.images}: write --seeds A,B")
 
@@ -145,7 +147,9 @@ def choose(
     _check_guidance(generator, options)
     _check_steps(generator.config.diffusion.timesteps, options)
     if shard_samples % options.batch:
-        raise ConfigError(f"--shard-samples {shard_samples} is no multiple of --batch {options.batch}: change either")
+        raise ConfigError(
+            f"--shard-samples {shard_samples} is no multiple of --batch {options.batch}: change one of them"
+        )
     return generator.resolved(options), shard_samples
 
 
@@ -185,7 +189,7 @@ def merge(config: Config, given: dict[str, Any], begun: dict[str, Any], *, quiet
     elif steps and steps < config.diffusion.timesteps and not {"eta", "variance"} & given.keys():
         values |= defaults | {"sampler": best_sampler(steps)}
         if not quiet:
-            messages.info(f"--steps {steps}: taking {values['sampler']}, the best sampler for so many steps")
+            messages.info(f"--steps {steps}: using {values['sampler']}, the best sampler for this number of steps")
     elif {"steps", "spacing"} & given.keys():
         values["timesteps"] = None
     return _validated(values | given)
@@ -247,7 +251,7 @@ def _check_guidance(generator: Generator, options: SamplingOptions) -> None:
     model = generator.config.model
     if options.label is not None and options.label >= model.num_classes:  # of the run's configuration, or a begun set
         known = f"the classes 0 to {model.num_classes - 1}" if model.num_classes else "no classes"
-        raise ConfigError(f"sample.label is {options.label}, and this model knows {known}: give --label of these")
+        raise ConfigError(f"sample.label is {options.label}, and this model knows {known}: give --label one of these")
     if options.guidance == 1.0 or generator.guide_sha256:
         return
     if not model.num_classes:
@@ -272,10 +276,10 @@ def _check_steps(timesteps: int, options: SamplingOptions) -> None:
             "give FIRST-LAST within them"
         )
     if options.timesteps and options.timesteps[0] >= timesteps:
-        raise ConfigError(f"sample.timesteps: {options.timesteps[0]} is none of this model's {timesteps} timesteps")
+        raise ConfigError(f"sample.timesteps: {options.timesteps[0]} is not one of this model's {timesteps} timesteps")
     if (options.steps or 0) > timesteps:
         raise ConfigError(
-            f"--steps {options.steps}: this model has {timesteps} timesteps: take no more steps than that"
+            f"--steps {options.steps}: this model has {timesteps} timesteps: give at most that many steps"
         )
 
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pipeline import config_file, messages
+from pipeline import config_file, messages, path_kind
 from pipeline.checkpoints.checkpoint import find_checkpoint, first_not_finite
 from pipeline.config import Config, DataSection, DiffusionSection, SamplingOptions, TrainSection, differences
 from pipeline.data.sources.labels import class_names
 from pipeline.diffusion.process import DiffusionProcess
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, NoCheckpoint
 from pipeline.model import diffusers_directory, interchange
 from pipeline.model.scheduler_config import diffusion_from_diffusers
 from pipeline.model.unet import UNet
@@ -55,14 +55,18 @@ def read(source: str, *, ema: bool, ema_length: float | None = None) -> Pretrain
     """
     if directory := diffusers_directory.find(source):
         if ema_length is not None:
-            raise ConfigError(f"--ema-length: {source} is a model of diffusers, with one average: leave it out")
+            raise ConfigError(
+                f"--ema-length: {source} is a model of diffusers, which has one average only: leave it out"
+            )
         return _read_diffusers(source, directory)
     if files.exists(source) and not files.is_dir(source):
-        remedy = "give a run, a checkpoint or a diffusers directory"
-        if source.endswith((".pt", ".pth", ".ckpt", ".bin")):
-            remedy = f"make a run of it with `ddpm import {source} --out RUN`, and give that"
-        raise ConfigError(f"{source} is a file: {remedy}")
-    checkpoint, rejected = find_checkpoint(source)
+        raise ConfigError(str(path_kind.not_a_model(source)))
+    try:
+        checkpoint, rejected = find_checkpoint(source)
+    except NoCheckpoint as error:
+        if other := path_kind.not_a_model(source):
+            raise ConfigError(other) from error
+        raise
     for line in rejected:
         messages.warning(f"{source}: {line}")
     state = checkpoint.state()
@@ -96,7 +100,7 @@ def _read_diffusers(source: str, directory: str) -> Pretrained:
         raise ConfigError(f"{source}: not the configuration of a diffusers model ({reason}): save it again") from None
     weights = interchange.null_row_added(interchange.from_diffusers(stored.weights), model)
     if name := first_not_finite(weights):
-        raise DataError(f"{stored.weights_file} holds weights that are not finite ({name}): take an earlier checkpoint")
+        raise DataError(f"{stored.weights_file} holds weights that are not finite ({name}): give an earlier checkpoint")
     # Version 0.1 used the last class as the null label: its samples are not those of this model, so the hash differs.
     classes = [model.num_classes] if model.num_classes and not model.label_dropout else []
     settings = json.dumps([stored.unet, stored.scheduler, *classes], sort_keys=True)
@@ -112,9 +116,7 @@ def _check_betas(source: str, scheduler: Mapping[str, Any], diffusion: Diffusion
     betas = DiffusionProcess.of(diffusion).schedule.betas
     given = torch.tensor(listed, dtype=torch.float64)
     if given.shape != betas.shape or not torch.allclose(given, betas, rtol=1e-5, atol=0):
-        raise ConfigError(
-            f"{source}: trained_betas in scheduler_config.json are not those that its other keys describe"
-        )
+        raise ConfigError(f"{source}: trained_betas in scheduler_config.json do not agree with its other keys")
 
 
 def _class_names(source: str, stored: Any, count: int) -> tuple[str, ...] | None:
@@ -151,7 +153,7 @@ def with_classes(model: Pretrained, names: Sequence[str], what: str) -> Pretrain
         messages.warning(f"{what}: numbers cannot be compared with names, so its classes are taken in order ({both})")
         rows = list(range(len(own)))
     elif None in rows and class_names.mapping(names, own) is None:
-        raise ConfigError(f"{what} has other classes ({both}): take a model of these classes, or none")
+        raise ConfigError(f"{what} has other classes ({both}): give a model with these classes, or no model")
     if new := [name for name, row in zip(names, rows) if row is None]:
         messages.warning(
             f"{what} lacks the classes {class_names.listed(new, own)}: they begin as its null label ({both})"
@@ -185,7 +187,7 @@ def load_for_training(source: str, config: Config, names: Sequence[str] | None =
         model = with_classes(model, names, f"train.init_from {source}")
     if different := different_networks(model.config, config):
         raise ConfigError(
-            f"train.init_from {source} is another network ({listed_differences(different)}): set these keys alike"
+            f"train.init_from {source} is another network ({listed_differences(different)}): give both the same values"
         )
     check_weights(model, source)
     return model
@@ -249,5 +251,5 @@ def check_weights(model: Pretrained, source: str) -> None:
     if not fits:
         raise ConfigError(
             f"{source}: its weights are not those of the network that its configuration describes "
-            f"({printable(reasons)}): take both from the same place"
+            f"({printable(reasons)}): copy both from the same source"
         )

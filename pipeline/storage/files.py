@@ -138,7 +138,7 @@ def size(url: str) -> int:
         return local(url).stat().st_size
     length: int | None = remote.info(url)["size"]
     if length is None:
-        raise DataError(f"{url}: its server does not tell how long it is: copy it to a disk or an object store first")
+        raise DataError(f"{url}: its server does not give its size: copy it to a disk or an object store first")
     return length
 
 

@@ -88,7 +88,7 @@ def attempt(url: str, operation: Callable[[fsspec.AbstractFileSystem, str], Resu
             pause = min(0.1 * 2**failures, _LONGEST_PAUSE_S) * random.SystemRandom().uniform(0.5, 1.5)
             advice = _advice(error)
             if not advice and time.monotonic() + pause > started + timeout_s:
-                advice = f"tried for {timeout_s:g} s; run the same command again when the store is well"
+                advice = f"tried for {timeout_s:g} s; run the same command again when the store works"
             if advice:
                 raise DataError(f"cannot {verb} {url}: {reason}: {advice}") from error
             RETRIES.add(url, reason, note=failures == 0)
@@ -119,7 +119,7 @@ def _timeout_s() -> float:
 
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """File system and path of a URL; unlike fsspec's `url_to_fs` it refuses chains of file systems (`a::b`)."""
-    nested = f"{printable(url)}: file systems inside others (::) are not read: name the file itself, also of an archive"
+    nested = f"{printable(url)}: file systems inside others (::) are not supported: give the path of the file itself"
     if _CHAIN.search(url):
         raise ConfigError(nested)
     protocol = split_protocol(url)[0]
@@ -134,7 +134,7 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except ImportError as error:
         raise ConfigError(f"{url}: {error}, such as with pip install 'ddpm-pipeline[s3]' (or gcs, azure)") from error
     except (ValueError, TypeError) as error:  # such as a file system that needs more than a URL
-        raise ConfigError(f"{url}: {error}: name a local path or a URL whose fsspec package is installed") from error
+        raise ConfigError(f"{url}: {error}: give a local path, or install the fsspec package of this URL") from error
 
 
 def info(url: str) -> dict[str, Any]:

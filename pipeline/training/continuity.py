@@ -60,10 +60,10 @@ def check_same_run(old: Config, new: Config, steps_done: int, overrides: Collect
         diff = "; ".join(f"{key}: {before} -> {after}" for key, (before, after) in changed.items())
         instead = f"resume with --config {_own(new)}"
         if changed.keys() <= _RATE_KEYS:  # later rates are free
-            instead = "give the rates of the steps to come as train.lr_stages"
+            instead = "give the rates of later steps as train.lr_stages"
         raise ConfigError(
             f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} fixed once a run starts ({diff} in "
-            f"{new.run.dir}): {instead}, take another run.dir, or add "
+            f"{new.run.dir}): {instead}, choose another run.dir, or add "
             f"{' '.join(f'--override {key}' for key in changed)}"
         )
     if not past_is_same and not _RATE_KEYS & set(overrides):

@@ -55,7 +55,7 @@ def open_sets(config: Config, on_rank0: Callable[[Callable[[], ShardSet]], Shard
         DataError: a set cannot be read.
     """
     if not config.data.shards:
-        raise ConfigError("data.shards is not set: name a shard set, as `ddpm shard --out` writes them")
+        raise ConfigError("data.shards is not set: set it to a directory that `ddpm shard --out` wrote")
     sets = [on_rank0(partial(ShardSet.open, config.data.shards))]
     if config.data.val_shards and config.run.val_every:
         sets.append(on_rank0(partial(ShardSet.open, config.data.val_shards)))
@@ -145,7 +145,7 @@ def fit_classes(
         )
     if not numbers:
         raise ConfigError(
-            f"{shards.url} has the classes {_quoted(of_set, names)}, but the run knows {_quoted(names, of_set)}: take "
+            f"{shards.url} has the classes {_quoted(of_set, names)}, but the run has {_quoted(names, of_set)}: use "
             "a set with classes of these names, or another run.dir"
         )
     if numbers != sorted(numbers):

@@ -47,7 +47,7 @@ def choose_what_fits(
             torch.cuda.empty_cache()
     raise ConfigError(
         f"not even micro-batch {sizes[-1]} with checkpointing {policies[-1]} fits this device: "
-        "take train.checkpointing=auto, a smaller model or smaller images"
+        "set train.checkpointing=auto, or use a smaller model or smaller images"
     )
 
 

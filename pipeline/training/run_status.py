@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ from pipeline.storage import files
 NEW, RUNNING, STOPPED, FAILED, DONE, IMPORTED = "new", "running", "stopped", "failed", "done", "imported"
 _TAIL_BYTES = 1 << 16
 """So much of the end of a log is read: hundreds of lines."""
-_SKIPPED = re.compile(r"\..*|.*\.(tar|zip|json|jsonl|png|yaml|safetensors|log|out)|checkpoints|tensorboard|previews")
 
 
 @dataclass(frozen=True)
@@ -45,31 +43,6 @@ class RunStatus:
     """Name of the checkpoint with the lowest Fréchet distance of `run.evaluate_every`."""
     age_s: float | None
     """Seconds since the last line of the log; None without a log."""
-
-
-def is_run(url: str) -> bool:
-    """Whether a directory is a run: it has the checkpoints, the lease or the resolved configuration of one."""
-    run = RunDir(url)
-    if files.exists(run.checkpoints) or run.lease_generations():
-        return True
-    with suppress(OSError, UnicodeDecodeError, DataError, ConfigError):
-        return config_file.is_stored(files.read_bytes(run.config).decode())
-    return False
-
-
-def find_runs(url: str, depth: int = 3) -> Iterator[str]:
-    """The runs in a directory and in its subdirectories, sorted by path; the directory itself may be one.
-
-    Args:
-        url: a path or URL.
-        depth: of the deepest run: 1 for those directly in the directory.
-    """
-    if is_run(url):
-        yield url
-    elif depth:
-        for name in files.listdir(url):
-            if not _SKIPPED.fullmatch(name) and files.is_dir(files.join(url, name)):
-                yield from find_runs(files.join(url, name), depth - 1)
 
 
 def statuses(urls: Iterable[str]) -> list[RunStatus]:

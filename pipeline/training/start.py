@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import config_file
+from pipeline import config_file, path_kind
 from pipeline.checkpoints import ema_snapshots
 from pipeline.checkpoints.checkpoint import (
     Checkpoint,
@@ -51,19 +51,19 @@ def check_run_dir(run_dir: str) -> None:
         ConfigError: the directory holds something else.
     """
     if not run_dir:
-        raise ConfigError("run.dir is not set: name a directory or URL, such as run.dir=runs/cats")
+        raise ConfigError("run.dir is not set: set it to a directory or URL, such as run.dir=runs/cats")
     if files.exists(run_dir) and not files.is_dir(run_dir):
-        raise ConfigError(f"run.dir {run_dir} is a file: name a directory")
+        raise ConfigError(f"run.dir {run_dir} is a file: give a directory")
     names = {name for name in files.listdir(run_dir) if not name.startswith(".")}
     if files.exists(RunDir(run_dir).imported):
         raise ConfigError(
-            f"{run_dir} was imported: it has weights, but no data and no optimizer to resume from: take another "
+            f"{run_dir} was imported: it has weights, but no data and no optimizer to resume from: choose another "
             f"run.dir with train.init_from={run_dir}"
         )
     if "checkpoints" not in names and "config.yaml" in names:
         _parse_own(run_dir)
     elif "config.yaml" not in names and names - _BEFORE_A_RUN:
-        raise ConfigError(f"{run_dir} exists and is not a run (no config.yaml): choose another run.dir")
+        raise ConfigError(f"{path_kind.not_a_run(run_dir)}: choose another run.dir")
 
 
 def is_finished(config: Config) -> bool:
@@ -112,7 +112,7 @@ def find_resume_point(
     if state["data_sha256"] != data[0] and "data.shards" not in overrides:
         raise ConfigError(
             f"{config.data.shards} is not the data {run_dir} was trained on ({data[1]} samples, then "
-            f"{state['data_samples']}): restore it, take another run.dir, or add --override data.shards"
+            f"{state['data_samples']}): restore it, choose another run.dir, or add --override data.shards"
         )
     before = state.get("environment", {})
     if changed := [f"{key}: {before[key]} -> {now}" for key, now in environment.items() if before.get(key, now) != now]:
@@ -127,7 +127,7 @@ def find_resume_point(
     if config.train.global_batch % lanes:
         raise ConfigError(
             f"train.global_batch is {config.train.global_batch}, but {run_dir} reads its data in {lanes} lanes: "
-            f"take a multiple of {lanes}"
+            f"use a multiple of {lanes}"
         )
     return ResumePoint(config, found, state)
 

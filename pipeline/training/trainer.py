@@ -39,7 +39,7 @@ from pipeline.training.micro_batch import choose_what_fits, reset_peak_bytes, si
 from pipeline.training.optimizer import make_adam, named_state, step_unless
 from pipeline.training.train_state import TrainState
 
-REMEDY = "lower train.lr, or take train.precision=fp32"
+REMEDY = "lower train.lr, or set train.precision=fp32"
 """Against steps that are not finite."""
 
 
@@ -75,7 +75,7 @@ def _network(config: Config) -> UNet:
         if not re.search("allocate memory|calculation overflowed", str(error)):
             raise
         raise ConfigError(
-            "the network has more weights than there is memory: lower model.base_channels or model.channel_mults"
+            "the memory is too small for the weights of the network: lower model.base_channels or model.channel_mults"
         ) from error
 
 

@@ -125,7 +125,7 @@ def test_a_damaged_file_sends_the_run_to_the_checkpoint_before_and_says_why(
     assert line.startswith(f"ignored step_00000020: {reason.format(name)}") and "\n" not in line
     assert [finding.split(":")[0] for finding in verify_checkpoints(run)] == ["step_00000020"]
     assert_holds(find_checkpoint(run)[0], 10)
-    with pytest.raises(NoCheckpoint, match=f"{name}.*take another checkpoint of the run"):
+    with pytest.raises(NoCheckpoint, match=f"{name}.*give another checkpoint of the run"):
         find_checkpoint(directory(run, 20))
 
 
@@ -180,7 +180,11 @@ def test_without_any_valid_checkpoint_a_run_does_not_start_at_zero(run: str) -> 
             search(run)
         message = str(caught.value)
         assert message.startswith(f"{run}: no valid checkpoint (ignored step_00000020: ema.safetensors does not match")
-        assert "step_00000010" in message and "restore one, or move the run away" in message and "\n" not in message
+        assert (
+            "step_00000010" in message
+            and "restore a checkpoint, or choose another run.dir" in message
+            and "\n" not in message
+        )
 
 
 def test_a_newer_format_is_refused_with_both_versions(run: str) -> None:
@@ -411,7 +415,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(run: str, part: str, valu
     found, rejected = newest_checkpoint(run)
     assert_holds(found, 20)
     assert rejected == [f"ignored step_00000030: {reason}"] and verify_checkpoints(run) == [f"step_00000030: {reason}"]
-    with pytest.raises(NoCheckpoint, match=r"not finite \(conv.bias\): take another checkpoint of the run"):
+    with pytest.raises(NoCheckpoint, match=r"not finite \(conv.bias\): give another checkpoint of the run"):
         find_checkpoint(directory(run, 30))
     remove_old(run, keep_last=2, keep_every=0)
     assert kept(run) == [10, 20, 30]

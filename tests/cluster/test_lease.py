@@ -118,7 +118,7 @@ def test_a_holder_that_lives_refuses_the_second_and_is_named(run: str, start: St
     with pytest.raises(RunHeld) as caught:
         Lease(run, lines.append).__enter__()
     who = f"job 4711 process {other.pid} on {record(run)['host']}"
-    assert str(caught.value) == f"{run} is held by {who}: stop that job, or take another run.dir"
+    assert str(caught.value) == f"{run} is held by {who}: stop that job, or choose another run.dir"
     assert caught.value.exit_code == 2
     assert lines == [f"{run} is held by {who}; watching for 2 s whether it is alive"]
     assert str(current_holder(run)) == who and os.listdir(f"{run}/control") == ["lease-000001.json"]
@@ -222,7 +222,7 @@ def test_a_frozen_job_of_another_machine_is_taken_over_and_as_a_zombie_commits_n
             zombie.send_signal(signal.SIGCONT)
             out, _ = zombie.communicate("go on\n", timeout=60)
             assert out.splitlines()[0] == (
-                f"{run} was taken over by process {os.getpid()} on {record(run)['host']}: this job writes no more"
+                f"{run} was taken over by process {os.getpid()} on {record(run)['host']}: this job stops writing to it"
             )
             assert out.splitlines()[1:] == ["lost True", "refused"]
             held.check()

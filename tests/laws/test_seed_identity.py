@@ -116,7 +116,7 @@ def test_a_job_stopped_on_request_goes_on_from_there(
     job.send_signal(number)
     assert job.wait(60) == 75
     told = (tmp_path / "log").read_text()
-    assert f"stop requested ({number.name}): finished shards stay" in told and "Traceback" not in told
+    assert f"stop requested ({number.name}): finished shards are kept" in told and "Traceback" not in told
     assert not list(out.glob(".*")) and not (out / "index.json").exists()
     there = len(list(out.glob("shard_*.json")))
     assert 0 < there < 250

@@ -80,7 +80,7 @@ def test_code_is_not_run(tmp_path: Path) -> None:
 
 def test_the_format_before_1_6_is_told(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(3)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    refused(tmp_path / "a.pt", "has the format of torch before 1.6: write it anew")
+    refused(tmp_path / "a.pt", "has the format of torch before 1.6: save it again")
 
 
 def test_what_is_no_such_file_is_told(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_is_no_such_file_is_told(tmp_path: Path) -> None:
         archive.writestr("a/b", "c")
     refused(file, r"is not a file of torch.save \(it has no data.pkl\)")
     torch.save({"x": 3}, file)
-    refused(file, "x is no tensor that fits into the file")
+    refused(file, "x is a tensor that does not fit into the file")
     torch.save({"x": torch.ones(300)}, file)
     file.write_bytes(file.read_bytes()[:900])
     refused(file, "is not a file of torch.save")
@@ -129,10 +129,10 @@ def test_claims_of_size_are_checked(offset: int, shape: Any, strides: Any, tmp_p
     with (tmp_path / "pickle").open("wb") as stream:
         Pickler(stream, protocol=2).dump({"x": Claims()})
     repacked(file, data_pkl=(tmp_path / "pickle").read_bytes())
-    refused(file, "is no tensor that fits|has more elements than are stored")
+    refused(file, "is a tensor that does not fit|has more elements than are stored")
 
 
 def test_many_tensors_of_the_same_elements_do_not_fill_the_memory(tmp_path: Path) -> None:
     elements = torch.zeros(100_000)
     torch.save({str(i): elements for i in range(50)}, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "that fits into the file|the limit is")
+    refused(tmp_path / "a.pt", "that does not fit into the file|the limit is")

@@ -274,7 +274,7 @@ def test_attention_follows_the_short_side():
 def test_a_size_that_cannot_be_halved_is_refused_with_the_nearest_that_can():
     message = (
         "data.size: 30x45 cannot be halved 3 times, as the 4 levels of model.channel_mults need:"
-        " take multiples of 8, such as 32x48"
+        " use multiples of 8, such as 32x48"
     )
     with pytest.raises(ConfigError) as building:
         UNet(ModelSection(base_channels=16), channels=3, size=(30, 45))

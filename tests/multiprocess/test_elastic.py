@@ -83,7 +83,7 @@ def test_the_global_batch_may_change_where_the_lanes_divide_it(digits: Path, tmp
     assert ddpm("train", *arguments, "train.steps=2").returncode == 0
     refused = ddpm("train", *arguments, "train.steps=4", "train.global_batch=10", "train.micro_batch=auto")
     assert refused.returncode == 2
-    assert "in 12 lanes: take a multiple of 12" in refused.stderr
+    assert "in 12 lanes: use a multiple of 12" in refused.stderr
     grown = ddpm("train", *arguments, "train.steps=4", "train.global_batch=24")
     assert grown.returncode == 0, grown.stderr
     position = json.loads((run / "checkpoints/step_00000004/state.json").read_text())["position"]

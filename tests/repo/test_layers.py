@@ -45,15 +45,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "data.images": BOTTOM,
     "data.sources": BOTTOM | {"data.images", "processes", "storage"},
-    "data.shards": BOTTOM | {"data.images", "data.sources", "messages", "processes", "storage"},
+    "path_kind": {"checkpoints", "config_file", "data.sources", "errors", "storage"},
+    "data.shards": BOTTOM | {"data.images", "data.sources", "messages", "path_kind", "processes", "storage"},
     "data.loading": BOTTOM | {"data.images", "data.sources", "data.shards", "processes", "storage"},
     "model": BOTTOM | {"config", "messages", "storage"},
     "checkpoints": BOTTOM | {"storage"},
     "cluster": BOTTOM | {"checkpoints", "messages", "processes", "storage"},
     "monitoring": BOTTOM | {"checkpoints", "cluster", "messages", "storage"},
-    "sampling": BOTTOM | DATA | {"checkpoints", "config", "config_file", "diffusion", "messages", "model", "storage"},
+    "sampling": BOTTOM
+    | DATA
+    | {"checkpoints", "config", "config_file", "diffusion", "messages", "model", "path_kind", "storage"},
     "evaluation": BOTTOM | DATA | {"diffusion", "storage"},
-    "reporting": BOTTOM | DATA | {"checkpoints", "cluster", "config", "config_file", "storage"},
+    "reporting": BOTTOM | DATA | {"checkpoints", "cluster", "config", "config_file", "path_kind", "storage"},
     "training": BOTTOM
     | DATA
     | {
@@ -67,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "messages",
         "model",
         "monitoring",
+        "path_kind",
         "sampling",
         "storage",
     },

@@ -74,7 +74,7 @@ def test_init_keeps_files_that_exist(tmp_path: Path) -> None:
     assert (tmp_path / "launch/env.sh").read_text() == "mine"
     assert ", 1 that exist are left as they are\n" in init_job.as_text("x", result)
     assert init_job.init(str(tmp_path))["written"] == []
-    with pytest.raises(ConfigError, match="is a file: name a directory"):
+    with pytest.raises(ConfigError, match="is a file: give a directory"):
         init_job.init(str(tmp_path / "launch/env.sh"))
 
 

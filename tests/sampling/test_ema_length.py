@@ -100,7 +100,7 @@ def test_where_there_is_none_a_line_says_what_to_do(run: Path, tiny_run: Path, d
     with pytest.raises(ConfigError, match=r"--ema-length: .* has only its own average: .* run\.ema_snapshot_every"):
         pretrained.read(str(tiny_run), ema=True, ema_length=0.1)
     request = SamplingRequest(str(run), parse_seeds("0"), grid="g.png", ema=False, ema_length=0.1)
-    with pytest.raises(ConfigError, match="--no-ema and --ema-length exclude each other"):
+    with pytest.raises(ConfigError, match="--no-ema and --ema-length cannot both be set"):
         request.check_start()
     resumed = shutil.copytree(tiny_run, tmp_path / "run")
     before = {path: path.read_bytes() for path in (resumed / "checkpoints").rglob("*") if path.is_file()}

@@ -131,7 +131,7 @@ def test_the_identity_of_a_diffusers_model_is_its_weights_and_its_scheduler(thei
     [
         ("cut", DataError, "is damaged or cut short"),
         ("empty", DataError, "is damaged or cut short"),
-        ("inf", DataError, r"holds weights that are not finite \(.*conv_in.*\): take an earlier checkpoint"),
+        ("inf", DataError, r"holds weights that are not finite \(.*conv_in.*\): give an earlier checkpoint"),
         ("no json", DataError, "config.json is not JSON"),
         ("wrong type", ConfigError, "not the configuration of a diffusers model"),
         ("not a mapping", ConfigError, "not the configuration of a diffusers model"),

@@ -85,7 +85,7 @@ def test_what_is_no_image_is_one_line(tmp_path: Path) -> None:
         read(str(tmp_path / "nowhere.png"), 0.5, (8, 8), 3)
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(
-        DataError, match=r"--from .*text\.png: no image in one of the formats read.*: take another image"
+        DataError, match=r"--from .*text\.png: no image in one of the formats read.*: give another image"
     ):
         read(str(tmp_path / "text.png"), 0.5, (8, 8), 3)
     with pytest.raises(DataError):

@@ -271,7 +271,7 @@ def test_join_keeps_protocols() -> None:
 
 
 def test_an_unknown_protocol_is_a_mistake_of_the_user() -> None:
-    with pytest.raises(ConfigError, match=r"^s9://b/k: .*name a local path or a URL whose fsspec package is installed"):
+    with pytest.raises(ConfigError, match=r"^s9://b/k: .*give a local path, or install the fsspec package of this URL"):
         files.exists("s9://b/k")
 
 

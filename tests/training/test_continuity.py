@@ -76,12 +76,12 @@ def test_the_refusal_shows_every_difference_and_what_to_do() -> None:
     message = refusal(config(), config(train={"seed": 3}, data={"window": 7}, run={"log_every": 9, "dir": "runs/b"}))
     assert message == (
         "data.window, train.seed are fixed once a run starts (data.window: 256 -> 7; train.seed: 0 -> 3 in runs/b): "
-        "resume with --config runs/b/config.yaml, take another run.dir, or add --override data.window "
+        "resume with --config runs/b/config.yaml, choose another run.dir, or add --override data.window "
         "--override train.seed"
     )
     rate = refusal(config(), config(train={"lr": 1e-4}))
     assert rate.startswith("train.lr is fixed once a run starts (train.lr: 0.0002 -> 0.0001 in runs/a): ")
-    assert "train.lr_stages, take another run.dir, or add --override train.lr" in rate
+    assert "train.lr_stages, choose another run.dir, or add --override train.lr" in rate
 
 
 def test_overriding_one_key_does_not_free_another() -> None:

@@ -182,13 +182,13 @@ def test_a_run_continues_with_data_of_another_numbering_but_not_of_other_classes
     def stored(step: int) -> list[str]:
         return json.loads((run / f"checkpoints/step_{step:08d}/state.json").read_text())["classes"]
 
-    with pytest.raises(ConfigError, match=r"has the classes \[cat, dog\], but the run knows \[blue, red\]"):
+    with pytest.raises(ConfigError, match=r"has the classes \[cat, dog\], but the run has \[blue, red\]"):
         train_until("a", 1, val_shards=str(tmp_path / "c"))
     assert not run.exists()
     train_until("a", 1)
     assert "in another order ([red, blue]) than the run ([blue, red])" in train_until("b", 2)
     assert "has no images of 1 of the run's classes (blue)" in train_until("d", 3, val_shards=str(tmp_path / "b"))
-    with pytest.raises(ConfigError, match=r"has the classes \[cat, dog\], but the run knows \[blue, red\]"):
+    with pytest.raises(ConfigError, match=r"has the classes \[cat, dog\], but the run has \[blue, red\]"):
         train_until("c", 4)
     assert [stored(step) for step in (1, 2, 3)] == [["blue", "red"]] * 3
     assert load(str(run), torch.device("cpu")).class_names == ("blue", "red")

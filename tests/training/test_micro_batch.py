@@ -71,7 +71,7 @@ def test_a_fixed_size_tries_every_policy() -> None:
 
 def test_nothing_fits_is_told_with_the_cure() -> None:
     with pytest.raises(
-        ConfigError, match=r"not even micro-batch 1 with checkpointing full fits this device: take .*smaller"
+        ConfigError, match=r"not even micro-batch 1 with checkpointing full fits this device: set .*smaller"
     ):
         choose_what_fits(Device(0.5).fits, list(COST), SIZES)
 

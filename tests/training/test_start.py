@@ -74,7 +74,7 @@ def test_a_foreign_directory_is_refused_and_untouched(run: str, names: list[str]
     for name in names:
         storage.write_bytes(f"{run}/{name}", b"x")
     before = snapshot(Path(run))
-    with pytest.raises(ConfigError, match=r"exists and is not a run \(no config.yaml\): choose another run.dir"):
+    with pytest.raises(ConfigError, match=r"not a run.*: choose another run.dir"):
         check_run_dir(run)
     assert snapshot(Path(run)) == before
 
@@ -97,7 +97,7 @@ def test_no_place_and_a_file_are_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run.dir is not set"):
         check_run_dir("")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="is a file: name a directory"):
+    with pytest.raises(ConfigError, match="is a file: give a directory"):
         check_run_dir(str(tmp_path / "file"))
 
 
@@ -165,7 +165,7 @@ def test_no_other_global_batch_is_taken(run: str, global_batch: int) -> None:
             config(run, f"train.global_batch={global_batch}", "train.micro_batch=1"), DATA, HERE, (), nothing_to_say
         )
     assert str(caught.value) == (
-        f"train.global_batch is {global_batch}, but {run} reads its data in 12 lanes: take a multiple of 12"
+        f"train.global_batch is {global_batch}, but {run} reads its data in 12 lanes: use a multiple of 12"
     )
 
 

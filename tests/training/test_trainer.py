@@ -369,5 +369,5 @@ def test_an_image_without_a_class_trains_as_unlabelled(alone: World, batch: Batc
 
 
 def test_a_network_larger_than_any_memory_is_refused(alone: World) -> None:
-    with pytest.raises(ConfigError, match="more weights than there is memory: lower"):
+    with pytest.raises(ConfigError, match="memory is too small for the weights of the network: lower"):
         Trainer(tiny("model.base_channels=1000000000000"), alone)

@@ -368,15 +368,12 @@ def _start(pipeline: DataPipeline, workers: int) -> Iterator[_Chunk | PipelineEr
         start_worker_server()
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
     loader = DataLoader(
-        pipeline,
-        batch_size=None,
-        collate_fn=_as_is,
-        generator=torch.Generator(),  # else torch draws a seed for the workers from the global generator
-        num_workers=workers,
+        pipeline, batch_size=None, collate_fn=_as_is, num_workers=workers,
         prefetch_factor=_PREFETCH_STEPS if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_worker_started,
-    )
+        generator=torch.Generator(),  # else torch draws a seed for the workers from the global generator
+    )  # fmt: skip
     return iter(loader)
 
 

@@ -262,7 +262,8 @@ class ShardSetBuilder:
             differing.append("files of the source have other names, times or labels")
         if differing:
             raise ConfigError(
-                f"{self._out} is another set ({'; '.join(differing)}): choose another --out, or give --overwrite"
+                f"{self._out} was made from other sources or settings ({'; '.join(differing)}): choose another --out, "
+                "or give --overwrite"
             )
 
 

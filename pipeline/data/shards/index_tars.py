@@ -176,7 +176,7 @@ def scan(url: str, settings: IndexSettings, check_stop: Callable[[], None]) -> S
         raise DataError(f"{url}: no such file: check the name") from error
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, LookupError) as error:
         raise DataError(
-            f"{url} is no sound tar ({error_text(error)}): copy or make it again; compressed ones, unpack"
+            f"{url} is not a valid tar ({error_text(error)}): copy or make it again, or unpack it"
         ) from error
     rows = np.array([sample.row for sample in samples.values() if isinstance(sample, Taken)], SIDECAR)
     rows["label"], classes = labels.class_numbers(rows["label"].astype(np.int64))

@@ -168,7 +168,9 @@ def collect(tars: Sequence[str]) -> list[ShardRecord]:
     for tar, record in zip(tars, record_files.together(_record, tars)):
         match = _NUMBERED.fullmatch(tar.rpartition("/")[2])
         if match is None or record is None or not {"settings", "source", "counts"} <= record.extra.keys():
-            raise DataError(f"{tar} is no whole shard of `ddpm shard`: no record fits it: {_AGAIN}, or leave it out")
+            raise DataError(
+                rf"{tar} is not a complete shard of `ddpm shard` \(no record fits it\): {_AGAIN}, or leave it out"
+            )
         first = first or (tar, record)
         if differing := _differing(first[1].extra, record.extra):
             raise DataError(f"{tar} is of another set than {first[0]} ({differing}): join parts of one set")
@@ -179,7 +181,9 @@ def collect(tars: Sequence[str]) -> list[ShardRecord]:
     source, settings = first[1].extra["source"], first[1].extra["settings"]
     expected = -(-source["inputs"] // settings["shard_samples"])
     if beyond := [tar for number, (tar, _) in by_number.items() if number >= expected]:
-        raise DataError(f"{beyond[0]} is beyond the {expected} shards of its source: renamed; give it its name back")
+        raise DataError(
+            f"{beyond[0]} is beyond the {expected} shards of its source: it was renamed: give it its old name"
+        )
     if missing := [f"{number:06d}" for number in range(expected) if number not in by_number]:
         more = f" and {len(missing) - _NAMES_SHOWN} more" if len(missing) > _NAMES_SHOWN else ""
         raise DataError(

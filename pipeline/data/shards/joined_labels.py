@@ -66,4 +66,6 @@ def _renumbered(out: str, record: ShardRecord, number_of: dict[int | str, int], 
     try:
         return write_sidecar_and_record(out, record.stem, rows, entry | extra)
     except IndexError as error:  # a row has a label that is not in the counts
-        raise DataError(f"{record.stem}.npy and .json in {out} do not fit: remove both, and run it again") from error
+        raise DataError(
+            f"{record.stem}.npy and .json in {out} do not fit together: remove both, and run the command again"
+        ) from error

@@ -63,7 +63,7 @@ def head_fields(index: Any, what: str) -> dict[str, Any]:
     """
     kinds = {"shards": list, "settings": dict, "counts": dict, "source": (str, dict), "settings_sha256": str}
     if not isinstance(index, dict):
-        raise DataError(f"{what} holds no named values")
+        raise DataError(f"{what} is not an object with named values")
     for name, kind in kinds.items():
         if not isinstance(index.get(name), kind):  # type: ignore[arg-type]
             raise DataError(f"{what}: `{name}` is missing or of another kind")

@@ -24,13 +24,12 @@ from pipeline.data.images import preprocess
 from pipeline.data.shards import record_files, set_identity, shard_set
 from pipeline.data.shards.seeds import merged, parse_seeds, ranges_text, seeds_text, within, without
 from pipeline.errors import ConfigError, DataError
+from pipeline.path_kind import SAMPLE_RECORD
 from pipeline.storage import files
 from pipeline.untrusted import name_inside, printable
 
 CleanImage = NDArray[np.uint8]
 Format = Literal["tar", "png", "npz"]
-RECORD = re.compile(r"shard_(\d{6,})\.json")
-"""The names of records."""
 _MAX_ASKED = 10_000  # characters: each record repeats them
 _SHOWN_RANGES = 50
 _SAMPLES = re.compile(r".+\.(png|npz)|shard_\d{6,}\.(tar|npy)")
@@ -329,7 +328,7 @@ def _problem(url: str, i: int, name: str, file: Any) -> str:
 
 def recorded(url: str) -> list[int]:
     """The numbers of the shards that have a record, ascending."""
-    return sorted(int(match[1]) for name in files.listdir(url) if (match := RECORD.fullmatch(name)))
+    return sorted(int(match[1]) for name in files.listdir(url) if (match := SAMPLE_RECORD.fullmatch(name)))
 
 
 def _read(url: str, i: int) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ def parse_seeds(text: str) -> tuple[range, ...]:
     if seeds[-1].stop > 1 << 62:
         raise ConfigError(f"--seeds {text}: seeds go up to 2^62")
     if sum(map(len, seeds)) > _MAX_SEEDS:
-        raise ConfigError(f"--seeds {text}: more than {_MAX_SEEDS:,} at once: ask for fewer")
+        raise ConfigError(f"--seeds {text}: more than {_MAX_SEEDS:,} in one command: give fewer")
     return seeds
 
 

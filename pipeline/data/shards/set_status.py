@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,10 +10,8 @@ from pipeline.data.shards import record_files, sample_set, shard_set
 from pipeline.data.shards.seeds import merged, parse_seeds, ranges_text
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import DataError
+from pipeline.path_kind import SAMPLE_RECORD, SHARD_RECORD
 from pipeline.storage import files
-
-_SHARD_RECORD = re.compile(r"(.+[-_]\d{6,})\.json")
-"""Of a shard set or of a sample set."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def read(url: str) -> SetStatus | None:
         DataError: the index is damaged or of a newer version.
     """
     names = files.listdir(url)
-    if any(map(sample_set.RECORD.fullmatch, names)):
+    if any(map(SAMPLE_RECORD.fullmatch, names)):
         return _of_samples(url)
     if shard_set.INDEX in names:
         return _of_index(ShardSet.indexed(url))
@@ -80,7 +77,7 @@ def tars_of(url: str) -> ShardSet | None:
 def _records(url: str) -> list[shard_set.ShardRecord]:
     """The records of the tars of a set."""
     sizes = files.sizes(url)
-    stems = (match[1] for name in sorted(sizes) if (match := _SHARD_RECORD.fullmatch(name)))
+    stems = (match[1] for name in sorted(sizes) if (match := SHARD_RECORD.fullmatch(name)))
     return list(record_files.read(url, stems, sizes).values())
 
 

@@ -25,8 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import messages, untrusted
-from pipeline.data.shards import mistaken
+from pipeline import messages, path_kind, untrusted
 from pipeline.data.shards.record import head_fields, locations_message, shard_fields, tar_locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
@@ -153,7 +152,7 @@ def refuse_foreign(url: str, own_names: re.Pattern[str]) -> None:
         ConfigError: `url` is a file, or holds a file of another name.
     """
     if files.exists(url) and not files.is_dir(url):
-        raise ConfigError(f"{url} is a file: --out names a directory")
+        raise ConfigError(f"{url} is a file: give --out a directory")
     if foreign := [name for name in files.listdir(url) if not (name.startswith(".") or own_names.fullmatch(name))]:
         raise ConfigError(f"{url} exists and holds something else ({ascii(foreign[0])[1:-1]}): choose another --out")
 
@@ -325,7 +324,7 @@ class ShardSet:
         try:
             index = files.read_json(file)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(mistaken.explain(url)) from error
+            raise DataError(path_kind.not_a_set(url)) from error
         if isinstance(index, dict) and (version := index.get("version")) != VERSION:
             raise DataError(f"{file} has format {version}, this program reads {VERSION}: upgrade it")
         try:

@@ -128,7 +128,7 @@ def _list(sources: Sequence[Source], labels: bool, check_stop: Callable[[], None
             next(of_tables) if isinstance(source, Table) else source.entries(labels, check_stop) for source in sources
         ]
     except Rejected as error:  # a source was written to while it was listed
-        raise DataError(f"{error.detail or error.reason}: run the same command again once it is whole") from error
+        raise DataError(f"{error.detail or error.reason}: run the same command again when it is complete") from error
     for one in entries:
         if one.directory_is_class:
             metadata_files.mark_label_files(one)

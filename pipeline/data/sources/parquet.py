@@ -71,7 +71,7 @@ class Table(OneFile):
         if rows > min(self._file.size, image_bytes):
             raise DataError(
                 f"{self._file.url}: {rows} rows in {self._file.size} bytes, so its column {printable(self._column)} "
-                "is empty or all alike: make it again with images"
+                "is empty or has equal values only: make it again with images"
             )
 
     def _image_bytes(self, group: Any) -> int:
@@ -135,7 +135,7 @@ def _list(
         try:
             yield table.entries(labels, check_stop), table.__getstate__()
         except Rejected as error:  # the table was written to meanwhile
-            raise DataError(f"{error.detail}: run the same command again once it is whole") from error
+            raise DataError(f"{error.detail}: run the same command again when it is complete") from error
 
 
 def _refuse(table: Table, exit_code: int) -> tuple[Entries, dict[str, Any]]:
@@ -213,7 +213,7 @@ def _columns(url: str, table: ParquetFile) -> dict[str, str]:
     by_lower = {name.lower(): name for name in names}
     if len(by_lower) < len(names):
         twice = next(name for name in names if by_lower[name.lower()] != name or names.count(name) > 1)
-        raise DataError(f"{url}: two columns are called {printable(twice)}, small or capital: rename one")
+        raise DataError(f"{url}: two columns have the name {printable(twice)}, small or capital: rename one")
     return by_lower
 
 

@@ -143,7 +143,7 @@ class SourceFile:
                 raise
             raise DataError(
                 f"{self.url}: no space left in {tempfile.gettempdir()} to unpack it: "
-                "make room, or name another place in the environment variable TMPDIR"
+                "free some space, or set the environment variable TMPDIR to another directory"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:

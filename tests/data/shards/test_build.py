@@ -195,8 +195,8 @@ def test_other_settings_are_refused_with_the_difference(
     make(tmp_path / "set", source, limit=None if finished else 1)
     with pytest.raises(ConfigError) as refused:
         make(tmp_path / "set", source, **changes)
-    expected = f"{tmp_path}/set is another set ({difference}): choose another --out, or give --overwrite"
-    assert str(refused.value) == expected
+    remedy = "choose another --out, or give --overwrite"
+    assert str(refused.value) == f"{tmp_path}/set was made from other sources or settings ({difference}): {remedy}"
     build.clear(str(tmp_path / "set"))
     make(tmp_path / "set", source, **changes)
     assert verify(str(tmp_path / "set")) == []
@@ -228,7 +228,7 @@ def test_a_place_that_holds_something_else_is_refused_and_never_cleared(tmp_path
         (out / name).unlink()
         out.rmdir()
     out.write_text("a file")
-    with pytest.raises(ConfigError, match="mine is a file: --out names a directory"):
+    with pytest.raises(ConfigError, match="mine is a file: give --out a directory"):
         make(out, source)
 
 

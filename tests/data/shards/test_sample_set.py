@@ -91,7 +91,7 @@ def test_what_is_no_list_of_seeds_is_shown_how(text: str) -> None:
 
 
 def test_seeds_beyond_the_noise_or_all_measure_are_refused() -> None:
-    with pytest.raises(ConfigError, match="more than 100,000,000 at once: ask for fewer"):
+    with pytest.raises(ConfigError, match="more than 100,000,000 in one command: give fewer"):
         parse_seeds("5,7-100000007")
     with pytest.raises(ConfigError, match=r"seeds go up to 2\^62"):
         parse_seeds(f"0-{2**62}")
@@ -416,7 +416,7 @@ def test_what_a_killed_job_leaves_before_its_first_record_is_ours(tmp_path: Path
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
-    with pytest.raises(ConfigError, match="is a file: --out names a directory"):
+    with pytest.raises(ConfigError, match="is a file: give --out a directory"):
         sample_set(str(tmp_path / "x")).check()
 
 

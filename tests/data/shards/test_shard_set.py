@@ -196,7 +196,10 @@ def edit_index(directory: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "index.json").unlink(), "has no index.json: it is unfinished or not a shard set: run `ddpm sh"),
+        (
+            lambda d: (d / "index.json").unlink(),
+            "is an unfinished shard set (no index.json): run the same `ddpm shard`",
+        ),
         (lambda d: (d / "index.json").write_text("{"), "index.json is not JSON"),
         (lambda d: (d / "index.json").write_text("[]"), "index.json is not the index of a shard set"),
         (lambda d: edit_index(d, version=2), "index.json has format 2, this program reads 1: upgrade it"),
@@ -223,17 +226,17 @@ def test_what_lies_there_instead_is_named_with_the_command_to_run(tmp_path: Path
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     for name, told in {
-        "flat": "holds 1.png, not shards: run `ddpm shard {} --out SHARDSET --size PIXELS` first, and name SHARDSET",
-        "deep": "holds cat/1.JPG, not shards: run `ddpm shard {} --out SHARDSET",
-        "tables": "holds a.parquet, not shards: run `ddpm shard {} --out",
-        "photos.zip": "is a file, not a shard set: make one of it with `ddpm shard {} --out",
-        "run": "is a run, not a shard set: name a set, such as data.shards in {}/config.yaml",
+        "flat": "is a directory of images (1.png), not a shard set: run `ddpm shard {} --out SHARDSET --size PIXELS` ",
+        "deep": "is a directory of images (cat/1.JPG), not a shard set: run `ddpm shard {} --out SHARDSET",
+        "tables": "is a directory of archives or tables (a.parquet), not a shard set: run `ddpm shard {} --out",
+        "photos.zip": "is a file, not a shard set: run `ddpm shard {} --out",
+        "run": "is a run, not a shard set: draw samples with `ddpm sample {} --seeds 0-9999 --out SAMPLES` and give ",
         "tars": "holds tars without an index: run `ddpm index {} --out SHARDSET`",
-        "drawn": "is a sample set that is not finished: run the same `ddpm sample` command again",
+        "drawn": "is an unfinished sample set (no index.json): run the same `ddpm sample` command again",
         "files": "holds samples as single files, not in tars: draw them with --format tar, or",
-        "other": "has no index.json: it is unfinished or not a shard set",
-        "set/set-000000.tar": "is a file of a shard set: name its directory, " + str(tmp_path / "set"),
-        "set/index.json": "is a file of a shard set: name its directory, ",
+        "other": "is a directory, not a shard set: give the directory that `ddpm shard --out` wrote",
+        "set/set-000000.tar": "is a file of a shard set: give its directory, " + str(tmp_path / "set"),
+        "set/index.json": "is a file of a shard set: give its directory, ",
     }.items():
         with pytest.raises(DataError) as refused:
             ShardSet.open(str(tmp_path / name))
@@ -241,7 +244,7 @@ def test_what_lies_there_instead_is_named_with_the_command_to_run(tmp_path: Path
 
 
 def test_a_missing_directory_is_named() -> None:
-    with pytest.raises(DataError, match="nowhere: no such directory: give the place that `ddpm shard --out` wrote"):
+    with pytest.raises(DataError, match="nowhere: no such directory: give the directory that `ddpm shard --out` wrote"):
         ShardSet.open("nowhere")
 
 

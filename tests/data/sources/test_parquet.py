@@ -126,7 +126,7 @@ def test_a_column_of_labels_that_cannot_be_used_is_named(tmp_path, column, reaso
     ("columns", "reason"),
     [
         ({"class": [0], "category": [1]}, "class, category may all be the class"),
-        ({"label": [0], "Label": [1]}, "two columns are called"),
+        ({"label": [0], "Label": [1]}, "two columns have the name"),
     ],
 )
 def test_several_columns_of_labels_are_told(tmp_path, columns, reason):
@@ -179,7 +179,7 @@ def test_two_classes_of_one_name_are_told_apart_or_refused(tmp_path):
 
 def test_a_table_with_less_than_a_byte_a_row_is_refused(tmp_path):
     for column in (pyarrow.nulls(100_000, pyarrow.binary()), pyarrow.array([b""] * 100_000)):
-        with pytest.raises(DataError, match=r"100000 rows in .* so its column image is empty or all alike"):
+        with pytest.raises(DataError, match=r"100000 rows in .* so its column image is empty or has equal values only"):
             list_inputs([write(tmp_path / "a.parquet", {"image": column}, row_group_size=100_000)])
 
 

@@ -90,7 +90,7 @@ def test_archives_with_a_query(site, tmp_path):
 def test_chains_of_file_systems_are_refused(url):
     with pytest.raises((ConfigError, DataError)) as caught:
         list_inputs([url])
-    assert "name the file itself" in str(caught.value) and "\n" not in str(caught.value)
+    assert "give the path of the file itself" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_chain_is_never_followed(tmp_path):

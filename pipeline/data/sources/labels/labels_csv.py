@@ -156,7 +156,7 @@ def read_rows(text: str, url: str) -> list[Row]:
         if any(cells[len(rows[0][1]) :]):
             raise ConfigError(
                 f"{url}: line {line} has {len(cells)} columns, the first line {len(rows[0][1])}: correct it, or put "
-                "quotes around what has commas"
+                "quotes around values with commas"
             )
     if delimiter != ",":
         rows = [(line, [_DECIMAL_COMMA.sub(r"\1", cell) for cell in cells]) for line, cells in rows]

@@ -159,7 +159,7 @@ def _read_known(
         other = by_directory.get(file.directory)
         if other and other.labels is not None and file.labels is not None:
             raise DataError(
-                f"{printable(other.path)} and {printable(path)} both say classes: remove one, or give --labels none"
+                f"{printable(other.path)} and {printable(path)} both give classes: remove one, or give --labels none"
             )
         if other is None or other.labels is None:
             by_directory[file.directory] = file

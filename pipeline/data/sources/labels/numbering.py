@@ -144,5 +144,5 @@ def _refuse_ambiguous(class_lists: Iterable[tuple[str, ...]]) -> None:
             if any(name in other for other in counts[:number] + counts[number + 1 :]):
                 raise ConfigError(
                     f"{name!a} is the name of {names[name]} classes of one source and of a class of another, so it "
-                    "cannot be told which are the same: rename them, or give --labels none or a CSV file"
+                    "is unclear which are the same: rename them, or give --labels none or a CSV file"
                 )

@@ -52,7 +52,7 @@ def unusable(source: str, path: str, reason: str) -> DataError:
     """The error for a label file that cannot be used."""
     name = printable(f"{source}/{path}")
     return DataError(
-        f"{name} says classes and cannot be used: {printable(reason)}: give its classes as --labels FILE.csv, or "
+        f"{name} gives classes and cannot be used: {printable(reason)}: give its classes as --labels FILE.csv, or "
         "--labels none"
     )
 
