@@ -333,7 +333,7 @@ def test_the_last_line_says_the_classes_or_why_there_are_none(tmp_path: Path, ki
     *_, classes, command = summary.as_text().splitlines()
     assert classes == line
     count = len(summary.classes or {})
-    assert command.startswith("next: ddpm train --config configs/cifar10.yaml ")
+    assert command.startswith("next: ddpm train --config configs/demo.yaml ")
     assert command.endswith(f" data.size=8 data.channels=3 model.num_classes={count} run.dir=runs/set")
 
 

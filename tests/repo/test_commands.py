@@ -43,7 +43,7 @@ SMALL = [
 """What is replaced in a command: pattern and replacement."""
 ELSEWHERE = {
     r"^make (demo|quick|test|bench|soak)": "tests/test_end_to_end.py",
-    r"^pip install": "tests/container/test_image.py",
+    r"^source |^python3 -m venv|^pip install": "tests/container/test_image.py",
     r"^tensorboard ": "tests/monitoring/test_telemetry.py",
     r"^ddpm index 'https": "tests/remote/test_index_remote.py",
     r"^accelerate launch .*(multi_node|one_node)": "tests/multiprocess/test_world_size.py",
@@ -96,7 +96,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(image).save(house / part / ("dark", "light")[i % 2] / f"{i}.png")
     shutil.copy(house / "IMAGES" / "dark" / "0.png", house / "photo.jpg")
     (house / "configs").mkdir()
-    (house / "configs" / "64px.yaml").write_text(TINY)
+    for name in ("64px", "trial"):
+        (house / "configs" / f"{name}.yaml").write_text(TINY)
     tutorial = (ROOT / "docs" / "tutorial.md").read_text()
     (house / "cats.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```", tutorial, re.MULTILINE | re.DOTALL)[0])
     npz(house / "resnet.npz", resnet_weights())

@@ -19,7 +19,7 @@ _TRANSFORMS = {
     "icc_to_srgb": "color profile to sRGB",
 }
 """What was done to an image → words for it; other names are words."""
-_CONFIGS = {48: "configs/cifar10.yaml", 96: "configs/64px.yaml", 192: "configs/128px.yaml"}
+_CONFIGS = {16: "configs/demo.yaml", 48: "configs/cifar10.yaml", 96: "configs/64px.yaml", 192: "configs/128px.yaml"}
 """Longest side in pixels → the configuration to start from."""
 
 
