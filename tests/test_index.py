@@ -438,7 +438,7 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path: Path) -> None:
         index(urls, str(tmp_path / "set"), channels=1, quiet=True)
     with pytest.raises(ConfigError, match="is a file: give --out a directory"):
         index(urls, urls[0], quiet=True)
-    with pytest.raises(ConfigError, match=r"train-000000.tar is named twice"):
+    with pytest.raises(ConfigError, match=r"train-000000.tar is given twice"):
         index([*urls, urls[0]], str(tmp_path / "set"), quiet=True)
     for missing in ("none.tar", "none-*.tar", "none-{0..1}.tar"):
         with pytest.raises(ConfigError, match="none"):

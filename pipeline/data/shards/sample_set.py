@@ -198,7 +198,7 @@ class SampleSet:
         """What `set.json` says; the first process to commit a shard creates it. Older sets have only their records."""
         claimed = set_identity.claim(self.url, {"provenance": self.provenance})
         if "provenance" not in claimed:
-            raise ConfigError(f"{self.url} holds another set ({set_identity.FILE}): choose another --out")
+            raise ConfigError(f"{self.url} holds a {set_identity.FILE} of something else: choose another --out")
         return claimed
 
     def _record(self, i: int) -> dict[str, Any] | None:
