@@ -224,6 +224,13 @@ def test_the_exit_code_tells_and_the_line_is_the_only_one(bad: Path, tmp_path: P
         assert done.stderr.startswith("ddpm: ") and done.stderr.count("\n") == 1
 
 
+def test_archives_in_a_directory_are_named_with_the_way_to_give_them(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=r"; a.tar.gz holds images itself: .* as in 'DIRECTORY/\*.tar.gz'$"):
+        shard([str(tmp_path / "in")], str(tmp_path / "set"), size=8, workers=1, quiet=True)
+
+
 def test_the_bad_fraction_is_judged_again_without_work(bad: Path, tmp_path: Path) -> None:
     def again(**options: float) -> Summary:
         return shard([str(bad / "mixed")], str(tmp_path / "set"), size=8, workers=1, quiet=True, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from pipeline.data.shards import record_files
 from pipeline.data.shards.shard_set import REJECTED, ShardRecord, read_record, rejected_lines, write_index
 from pipeline.data.sources.inputs import NOT_IMAGES
 from pipeline.data.sources.labels import class_names
+from pipeline.data.sources.listing import SOURCES
 from pipeline.errors import DataError
 from pipeline.storage import files
 
@@ -117,6 +119,7 @@ def refuse_too_many_bad(out: str, counts: dict[str, Any], max_bad_fraction: floa
         reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
         raise DataError(
             f"not one of {counts['inputs']} inputs is a readable image ({reasons}): {list_path} names each{unclear}"
+            f"{_archives(list_path)}"
         )
     count = sum(bad.values())
     meant = counts["taken"] + count
@@ -126,6 +129,14 @@ def refuse_too_many_bad(out: str, counts: dict[str, Any], max_bad_fraction: floa
             f"{count} of {meant} inputs were rejected ({reasons}), more than --max-bad-fraction {max_bad_fraction:g} "
             f"allows: {list_path} names each{unclear}; the set is written, with the other {counts['taken']}"
         )
+
+
+def _archives(list_path: str) -> str:
+    """Advice if the first rejected input is an archive in a directory, which is not opened."""
+    with files.open_read(list_path) as lines:
+        name = json.loads(lines.readline() or "{}").get("source", "").rpartition("/")[2]
+    ending = next((ending for ending in SOURCES if name.endswith(ending)), None)
+    return f"; {name} holds images itself: give such files as sources, as in 'DIRECTORY/*{ending}'" if ending else ""
 
 
 def reference(out: str, tar: str) -> str:

@@ -42,10 +42,11 @@ _SUPPORTED = (
     "a directory, .zip, .tar, .tar.gz, .tgz or .tar.zst archive, .parquet table, .npz or .npy array, "
     "CIFAR batch (.bin, or data_batch_1 and the like), image file, or a pattern of such"
 )
-_SOURCES: dict[str, Callable[[str], Source]] = {
+SOURCES: dict[str, Callable[[str], Source]] = {
     **{".zip": Zip, ".tar": Tar, ".tar.gz": Tar, ".tgz": Tar, ".tar.zst": Tar},
     **{".parquet": Table, ".npz": Npz, ".npy": Npy},
 }
+"""Endings of the files that hold many images."""
 
 
 @dataclass(frozen=True)
@@ -304,4 +305,4 @@ def _open(url: str) -> list[Source]:
         raise ConfigError(f"{url}: no such file or directory: check the name")
     if cifar.is_batch(url):
         return [Cifar(url)]
-    return [source(url) for ending, source in _SOURCES.items() if urls.without_query(url).endswith(ending)][:1]
+    return [source(url) for ending, source in SOURCES.items() if urls.without_query(url).endswith(ending)][:1]
