@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# The only file to edit for a cluster. Every script in launch/ reads it, on each node, in the root of the repository.
+# The only file to edit for a cluster. Each script reads it, on each node, in the directory that holds launch/.
 # Give partition, account, time limit and GPUs to sbatch on its command line, or set once
 # SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT and SBATCH_GPUS_PER_NODE in your environment.
 
 # 1. The software: modules, then the environment that `ddpm` is installed in.
 # module load cuda/12.8
+# . ~/.local/share/pipx/venvs/ddpm-pipeline/bin/activate   # after pipx install
 # shellcheck disable=SC1091  # the file may not exist
 if [ -r .venv/bin/activate ]; then . .venv/bin/activate; fi
 

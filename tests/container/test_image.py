@@ -29,9 +29,9 @@ def test_it_is_clean() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_base_is_a_pinned_cuda_runtime() -> None:
+def test_the_base_is_pinned_and_has_no_libraries_of_cuda_as_torch_brings_them() -> None:
     (base,) = re.findall(r"^FROM (\S+)$", DOCKERFILE, re.MULTILINE)
-    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-runtime-\w+[\d.]+", base)
+    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-\w+[\d.]+", base)
 
 
 def test_our_own_code_comes_after_the_packages() -> None:

@@ -44,6 +44,7 @@ SMALL = [
 ELSEWHERE = {
     r"^make (demo|quick|test|bench|soak)": "tests/test_end_to_end.py",
     r"^source |^python3 -m venv|^pip install": "tests/container/test_image.py",
+    r"^(pip wheel|pipx) ": "tests/repo/test_wheel.py",  # with pip in place of pipx
     r"^tensorboard ": "tests/monitoring/test_telemetry.py",
     r"^ddpm index 'https": "tests/remote/test_index_remote.py",
     r"^accelerate launch .*(multi_node|one_node)": "tests/multiprocess/test_world_size.py",

@@ -213,9 +213,13 @@ def test_weights_that_no_step_can_follow_from_are_not_sound(
 def test_compiled_blocks_train_as_others_and_each_kind_is_compiled_once(
     alone: World, batch: Batch, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    """Without the code generator, which takes most of a minute here; what is traced and cut is the same."""
+    """Without the code generator, which takes most of a minute here; what is traced and cut is the same.
+
+    Without dropout: with torch 2.14 a compiled block drops other pixels than a plain one.
+    """
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
-    settings = (f"train.checkpointing={policy}", "model.blocks_per_level=2", "model.channel_mults=[1, 2, 3]")
+    settings: tuple[str, ...] = ("model.dropout=0", "model.blocks_per_level=2", "model.channel_mults=[1, 2, 3]")
+    settings += (f"train.checkpointing={policy}",)
     plain = trained(tiny(*settings), alone, batch, steps=2)
     torch._dynamo.reset()
     counters.clear()
