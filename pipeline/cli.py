@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.main import get_command
@@ -18,6 +18,7 @@ from pipeline.cluster.launch_environment import count, is_first_of_node, report_
 from pipeline.commands import data, help, interchange, models, runs, suggestions, workspace
 from pipeline.commands.report import report
 from pipeline.errors import ConfigError, DataError, NoCheckpoint, PipelineError, Stopped
+from pipeline.monitoring.machine import own_version
 
 _INTERRUPTED = 130
 _SHARED = (ConfigError.exit_code, NoCheckpoint.exit_code, Stopped.exit_code)
@@ -39,6 +40,21 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=help.Command)(_command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        messages.result(f"ddpm {own_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before the name of a command."""
 
 
 def main(words: list[str] | None = None) -> NoReturn:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from pipeline.data.shards import sample_set
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import evaluation_file
+from pipeline.monitoring.machine import own_version
 from pipeline.reporting import data_facts, run_facts
 from pipeline.reporting.images import data_url, evenly
 from pipeline.reporting.page import Content, SampleFacts, Sheet, page
@@ -80,7 +80,7 @@ def report(request: ReportRequest) -> dict[str, Any]:
         data=[data_facts.read(url) for url in sets if url],
         samples=_samples(request, run) if request.samples else None,
         now=time.time(),
-        version=metadata.version("ddpm-pipeline"),
+        version=own_version(),
     )
     text = page(content).encode()
     files.write_bytes(out, text)

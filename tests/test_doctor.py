@@ -26,9 +26,9 @@ from tests.launch import ENVIRONMENT, TINY, ddpm
 H100 = Gpu("H100", 80 << 30, (9, 0))
 T4 = Gpu("T4", 16 << 30, (7, 5))
 GOOD = Machine(
-    python="3.12.3", packages={"torch": "2.13.0"}, outdated={}, extras={}, protocols={}, torch_cuda="13.0",
-    gpus=(H100,) * 8, hidden_gpus=0, visible_devices=None, cores=64, cpu_bf16=True, shm_bytes=64 << 30,
-    free_bytes=1 << 40, open_files=65536, tools={"git": True, "nvidia-smi": True, "sbatch": False},
+    ddpm="0.1.0", python="3.12.3", packages={"torch": "2.13.0"}, outdated={}, extras={}, protocols={},
+    torch_cuda="13.0", gpus=(H100,) * 8, hidden_gpus=0, visible_devices=None, cores=64, cpu_bf16=True,
+    shm_bytes=64 << 30, free_bytes=1 << 40, open_files=65536, tools={"git": True, "nvidia-smi": True, "sbatch": False},
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_the_report_describes_this_machine() -> None:
     code, report, _ = _doctor()
     machine = report["machine"]
     assert code == 0 and report["ok"] and report["run"] is None
-    assert machine["python"] == platform.python_version()
+    assert machine["python"] == platform.python_version() and machine["ddpm"] == version("ddpm-pipeline")
     assert machine["packages"]["torch"] == version("torch") and machine["packages"]["accelerate"]
     assert machine["cores"] == len(os.sched_getaffinity(0))
     assert machine["shm_bytes"] == shutil.disk_usage("/dev/shm").total

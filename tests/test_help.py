@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -73,6 +74,14 @@ def test_a_rare_option_is_explained_by_the_full_help_alone(
     assert left.value.code == 0
     out = capfd.readouterr().out
     assert "ddpm sample runs/mine --seeds 0-7" in out and ("(SDEdit)" in out) == explains
+
+
+def test_the_version_is_that_of_the_package_and_needs_no_torch() -> None:
+    code = "import sys; from pipeline.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, f"ddpm {version('ddpm-pipeline')}\n")
+    assert not {"torch", "numpy", "PIL"} & set(done.stderr.split())
 
 
 @pytest.mark.parametrize(

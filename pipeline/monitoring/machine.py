@@ -37,6 +37,7 @@ class Gpu:
 class Machine:
     """What this machine has."""
 
+    ddpm: str  # version of this distribution
     python: str
     packages: dict[str, str | None]  # required distribution → installed version, None if it is missing
     outdated: dict[str, str]  # required distribution → lowest version that works, where an older one is installed
@@ -61,6 +62,7 @@ def inspect_machine() -> Machine:
     torch_cuda, gpus = _gpus()
     tools = {tool: shutil.which(tool) is not None for tool in ("git", "nvidia-smi", "sbatch")}
     return Machine(
+        ddpm=own_version(),
         python=platform.python_version(),
         packages=versions,
         outdated={name: least for name, least in required.items() if _is_older(versions[name], least)},
@@ -77,6 +79,11 @@ def inspect_machine() -> Machine:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         tools=tools,
     )
+
+
+def own_version() -> str:
+    """The version of this distribution; another text if only its source tree is there."""
+    return _version(DISTRIBUTION) or "unknown (not installed)"
 
 
 def cpu_has_bf16() -> bool:
