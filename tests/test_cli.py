@@ -139,7 +139,7 @@ def test_usage_mistakes_end_with_2(
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("train.globl_batch=3", "command line: train.globl_batch: unknown key; did you mean global_batch?"),
+        ("train.globl_batch=3", "command line: train.globl_batch: unknown key; did you mean train.global_batch?"),
         ("train.steps=many", "train.steps"),
         ("train.lr=-1", "train.lr"),
         ("train.steps=0ep", "train.steps: no steps"),
