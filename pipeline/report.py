@@ -133,8 +133,8 @@ def _sheets(shards: ShardSet) -> Iterator[Sheet]:
         of_class = images[labels == label][:_COLUMNS]
         missing = np.full((_COLUMNS - len(of_class), *of_class.shape[1:]), 255, np.uint8)
         yield _sheet(grid(np.concatenate((of_class, missing)), columns=_COLUMNS), f"class {shards.classes[label]}")
-    if more := len(present) - _ROWS:
-        messages.info(f"{shards.url}: samples of the first {_ROWS} classes are shown, {max(more, 0)} classes are not")
+    if len(present) > _ROWS:
+        messages.info(f"{shards.url}: samples of {_ROWS} of {len(present)} classes are shown")
 
 
 def _sheet(image: NDArray[np.uint8], caption: str) -> Sheet:

@@ -257,6 +257,17 @@ def test_samples_without_classes_are_one_sheet_and_lack_of_figures_is_said(tmp_p
     assert "Nearest training images are not shown" in text and "have not been evaluated" in text
 
 
+def test_classes_are_counted_as_left_out_only_where_they_are(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, samples = make_run(tmp_path / "run", [], 0, shards=""), shards(tmp_path / "samples", ("a", "b", "c", "d"))
+    text_of(run, samples=str(samples))
+    assert "classes are shown" not in capfd.readouterr().err
+    monkeypatch.setattr("pipeline.report._ROWS", 2)
+    text_of(run, samples=str(samples))
+    assert f"{samples}: samples of 2 of 3 classes are shown\n" in capfd.readouterr().err
+
+
 def test_what_is_no_run_or_no_page_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [], 0, shards="")
     for request, message in (
