@@ -185,6 +185,32 @@ def test_progress_counts_each_requested_image_once(
     assert shown[4:] == [("drawing the grid", 0, 9, 9), ("drawing the video", 0, 5, 5)]
 
 
+@pytest.mark.parametrize(("sampler", "passes"), [("ddim", 4), ("heun", 7)])
+def test_progress_names_pass_and_batch(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, passes: int
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Progress, "show_alive", lambda _, text: told.append(text))
+    draw("2-9", grid=tmp_path / "g.png", sampler=sampler, steps=4)
+    assert told == [f"network pass {n} of {passes}, batch {b} of 3" for b in (1, 2, 3) for n in range(1, passes + 1)]
+    told.clear()
+    draw("0-11", out=tmp_path / "set", shard_samples=8, sampler=sampler, steps=4)
+    assert len(told) == Network.passes == 3 * passes
+    assert f"network pass 1 of {passes}, batch 2 of 2 of shard 0" in told
+    assert f"network pass {passes} of {passes}, batch 1 of 1 of shard 1" in told
+
+
+@pytest.mark.parametrize(("seeds", "wanted"), [("0", "1 image is"), ("0-2", "3 images are"), ("0-3", "")])
+def test_a_smaller_batch_is_advised_for_few_images(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str], seeds: str, wanted: str
+) -> None:
+    images = draw(seeds, out=tmp_path / "set", batch=8)["images"]
+    line = (
+        f"{wanted} wanted, but each batch draws 8: --batch {images} is faster; the last bits of the images may differ\n"
+    )
+    assert (line in capfd.readouterr().err) == bool(wanted)
+
+
 @pytest.mark.parametrize(
     ("seeds", "batch", "expected"),
     [("0-9", 4, 4), ("0-49999", 64, 256), ("0-9999", 64, 128), ("0-999999", 512, 1024), ("0-9999999", 4096, 4096)],
