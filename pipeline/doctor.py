@@ -164,14 +164,14 @@ def _inspect_run(path: str) -> dict[str, Any]:
     """The state of a run, its newest step, what its configuration asks of a machine, who holds it, its last save."""
     from pipeline import config_file
     from pipeline.checkpoints.checkpoint import committed_step
-    from pipeline.checkpoints.run_dir import RunDir
+    from pipeline.checkpoints.run_dir import RunDir, advice_for_missing
     from pipeline.cluster import failure, interrupt, lease
     from pipeline.data.loading.order import default_lanes
     from pipeline.storage import files
     from pipeline.training import start
 
     if not files.is_dir(path):
-        raise ConfigError(f"{path}: no such run: give the run.dir of one")
+        raise ConfigError(f"{path}: no such run: {advice_for_missing(path)}")
     start.check_run_dir(path)
     run, step, holder = RunDir(path), committed_step(path), lease.current_holder(path)
     state, save_s = "new" if step == 0 else "to be resumed", None

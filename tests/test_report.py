@@ -271,7 +271,7 @@ def test_classes_are_counted_as_left_out_only_where_they_are(
 def test_what_is_no_run_or_no_page_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [], 0, shards="")
     for request, message in (
-        (ReportRequest(str(tmp_path / "gone")), "no such directory: give the run.dir"),
+        (ReportRequest(str(tmp_path / "gone")), "no such run: train it first"),
         (ReportRequest(str(run / "previews")), "is not a run"),
         (ReportRequest(str(run), out=str(tmp_path / "page.pdf")), r"name a \.html file"),
     ):
