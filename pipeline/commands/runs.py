@@ -57,7 +57,10 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a configuration needs before it runs: memory and time on a GPU, numbers of processes, sizes on disk."""
+    """Show what a configuration needs before it runs.
+
+    Memory and time on a GPU, numbers of processes, sizes on disk.
+    """
     memory_bytes = arguments.memory(memory) if memory else None
     from pipeline import plan as job
 
@@ -71,10 +74,13 @@ def plan(
 def doctor(
     run: Annotated[str | None, path("RUN", "Also show the state of this run.")] = None, as_json: AsJson = False
 ) -> None:
-    """Show what this machine has, how a run here would work, and what is missing. Exit code 3: a run is impossible."""
+    """Show what this machine has, and what a run here lacks.
+
+    Also how a run here would work. Exit code 3: a run is impossible.
+    """
     from pipeline import doctor as job
 
     report = job.examine(run)
     messages.result(json.dumps(report) if as_json else job.as_text(report))
     if not report["ok"]:
-        raise DataError("no run can be made here: mend what is listed as missing above")
+        raise DataError("no run can be made here: fix what is listed as missing above")
