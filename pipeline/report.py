@@ -62,7 +62,7 @@ def report(request: ReportRequest) -> dict[str, Any]:
     """Write the page.
 
     Returns:
-        `out`, and the `bytes` of the page.
+        `out`, the `bytes` of the page, and whether it `replaced` a file.
 
     Raises:
         ConfigError: the run or the samples are none, or `out` is no .html file.
@@ -83,8 +83,9 @@ def report(request: ReportRequest) -> dict[str, Any]:
         version=own_version(),
     )
     text = page(content).encode()
+    replaced = files.exists(out)
     files.write_bytes(out, text)
-    return {"out": out, "bytes": len(text)}
+    return {"out": out, "bytes": len(text), "replaced": replaced}
 
 
 def _previews(run: RunFacts, most: int) -> Iterator[tuple[int, Sheet]]:

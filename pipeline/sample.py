@@ -41,6 +41,7 @@ from pipeline.sampling.generator import Generator
 from pipeline.sampling.options import DEFAULT_STRENGTH, SamplingRequest, choose, provenance
 from pipeline.solvers import SAMPLERS
 from pipeline.storage import files
+from pipeline.units import all_of
 
 SHOWN = 100
 """Maximum number of images in a grid or a video: the first ones of the requested seeds."""
@@ -109,7 +110,7 @@ def forecast(request: SamplingRequest) -> Forecast:
             where=request.out or request.grid or request.video or request.trajectory or "",
             work=f"{images:,} of {total:,} images to draw, in {batches:,} batch{'es' * (batches > 1)} of "
             f"{options.batch}" if images
-            else f"all {total:,} images are there",
+            else f"{all_of(total, 'image')} there",
             units=images, unit="images", per_s=images / (batches * batch_s) if batches else None,
             basis=f"measured on {steps} of {generator.steps(options)} steps of one batch, one process on "
             f"{generator.device.type}",
@@ -252,8 +253,8 @@ class _Drawing:
             check_stop = self.watch(progress, missing)
             shown |= _counted(self.generator.images(missing, self.options, check_stop), progress)
             sheet = grid(np.stack([shown[seed] for seed in self._first]))
-            files.write_bytes(path, preprocess.encode(sheet, "png"))
-            progress.info(f"grid of {len(self._first)} images: {path}")
+            written = _write(path, preprocess.encode(sheet, "png"))
+            progress.info(f"grid of {len(self._first)} images: {written}")
 
     def draw_video(self, path: str) -> None:
         """Write a video of the denoising of the first images."""
@@ -263,8 +264,8 @@ class _Drawing:
             check_stop = self.watch(progress, self._first[:1])
             denoising = self.generator.denoising(self._first, self.options, VIDEO_FRAMES, check_stop)
             frames = (grid(images) for _, images in _counted(enumerate(denoising), progress))
-            files.write_bytes(path, video.encode(frames, video.kind(path)))
-            progress.info(f"video of their denoising: {path}")
+            written = _write(path, video.encode(frames, video.kind(path)))
+            progress.info(f"video of their denoising: {written}")
 
     def draw_trajectories(self, path: str) -> None:
         """Write a sheet of the first seeds: a row each, from noise to image."""
@@ -272,9 +273,9 @@ class _Drawing:
             seeds, check_stop = self._first[:TRAJECTORY_ROWS], self.watch(progress, self._first[:1])
             rows = self.generator.trajectories(seeds, self.options, TRAJECTORY_COLUMNS, check_stop)
             sheet = grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
-            files.write_bytes(path, preprocess.encode(sheet, "png"))
+            written = _write(path, preprocess.encode(sheet, "png"))
             progress.advance()
-            progress.info(f"trajectories of {len(rows)} seeds: {path}")
+            progress.info(f"trajectories of {len(rows)} seeds: {written}")
 
     def draw_interpolation(self, count: int) -> None:
         """Write the images between the two seeds: a grid of one row, a video, or both."""
@@ -283,13 +284,13 @@ class _Drawing:
             check_stop = self.watch(progress, range(count))
             between = self.generator.between(first, last, self.options, count, check_stop)
             images = np.stack([image for _, image in _counted(enumerate(between), progress)])
+            written = []
             if request.grid:
-                files.write_bytes(request.grid, preprocess.encode(grid(images, columns=count), "png"))
+                written.append(_write(request.grid, preprocess.encode(grid(images, columns=count), "png")))
             if request.video:
                 frames = (grid(image[None]) for image in images)
-                files.write_bytes(request.video, video.encode(frames, video.kind(request.video)))
-            paths = ", ".join(path for path in (request.grid, request.video) if path)
-            progress.info(f"{count} images from seed {first} to seed {last}: {paths}")
+                written.append(_write(request.video, video.encode(frames, video.kind(request.video))))
+            progress.info(f"{count} images from seed {first} to seed {last}: {', '.join(written)}")
 
     @cached_property
     def _first(self) -> list[int]:
@@ -297,12 +298,19 @@ class _Drawing:
         return [seed for part in self.request.seeds for seed in part[:SHOWN]][:SHOWN]
 
 
+def _write(path: str, data: bytes) -> str:
+    """Write a file, and return how a line names it: whether it replaces one."""
+    replaced = files.exists(path)
+    files.write_bytes(path, data)
+    return "replaced " * replaced + path
+
+
 def _drawn(count: int, there: int, images: int) -> str:
     """What this process drew, and what is there now."""
     if there < images:
         return f"{count} images drawn here, {there} of {images} are there: other processes are still at work"
     if not count:
-        return f"all {images} images were already there"
+        return f"{all_of(images, 'image')} there already"
     return f"{count} images drawn" + f" here, all {images} are there" * (count < images)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline import config_file
 from pipeline.checkpoints.run_dir import RunDir
+from pipeline.cli import main
 from pipeline.cluster import starts
 from pipeline.config import Config
 from pipeline.data.shards import shard_set
@@ -266,6 +267,14 @@ def test_classes_are_counted_as_left_out_only_where_they_are(
     monkeypatch.setattr("pipeline.report._ROWS", 2)
     text_of(run, samples=str(samples))
     assert f"{samples}: samples of 2 of 3 classes are shown\n" in capfd.readouterr().err
+
+
+def test_a_page_that_replaces_a_file_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", [], 0, shards="")
+    for start in (f"{run}/report.html: ", f"replaced {run}/report.html: "):
+        with pytest.raises(SystemExit):
+            main(["report", str(run)])
+        assert capfd.readouterr().out.startswith(start)
 
 
 def test_what_is_no_run_or_no_page_is_refused(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_class_is_given_by_name_or_number_and_what_is_there_is_not_drawn_again
     assert '"label": 1' in (out / "shard_000000.json").read_text()  # as a number was always recorded
     assert draw(**asked, out=out, label="1")["drawn"] == 0
     told = capfd.readouterr().err
-    assert f"{out}: all 4 images were already there\n" in told and "images/s" not in told
+    assert f"{out}: all 4 images are there already\n" in told and "images/s" not in told
     assert {path.name: path.read_bytes() for path in out.iterdir()} == drawn
     draw(**(asked | {"seeds": "2-5"}), out=out, label="dog")
     assert f"{out}: 2 images drawn here, all 4 are there\n" in capfd.readouterr().err
@@ -165,6 +165,15 @@ def test_a_grid_of_a_finished_set_is_read_instead_of_drawn(draw: Callable[..., d
         draw(out=tmp_path / format, format=format, grid=tmp_path / f"{format}.png")
         assert Network.passes == 0
         assert (tmp_path / f"{format}.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
+
+
+def test_a_sheet_that_replaces_a_file_is_told(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "g.png"
+    for line in (f"grid of 4 images: {path}\n", f"grid of 4 images: replaced {path}\n"):
+        draw("0-3", grid=path)
+        assert line in capfd.readouterr().err
 
 
 def test_progress_counts_each_requested_image_once(

@@ -20,7 +20,9 @@ def report(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Write one HTML page about a run: curves, previews, samples, figures, data, starts, configuration.
+    """Write one HTML page about a run.
+
+    Curves, previews, samples, figures, data, starts, configuration.
 
     The page needs no network and no other file: send it as it is. It shows paths and host names of the run.
     """
@@ -30,4 +32,6 @@ def report(
     if as_json:
         messages.result(json.dumps(result))
     elif not quiet:
-        messages.summary(f"{result['out']}: {result['bytes'] / 1e6:.1f} MB, open it in a browser")
+        messages.summary(
+            f"{'replaced ' * result['replaced']}{result['out']}: {result['bytes'] / 1e6:.1f} MB, open it in a browser"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline import config_file
 
 _TAKE_SETTINGS = ("train", "plan")
+_DRAW_OR_MEASURE = ("sample", "evaluate")
 
 
 def explain(error: Any, words: Sequence[str], group: Any) -> str:
@@ -27,6 +28,8 @@ def explain(error: Any, words: Sequence[str], group: Any) -> str:
         text = f"{_oneline(error.message)}."
         if command in _TAKE_SETTINGS and (setting := _as_setting(wrong, words)):
             return f"{text} Settings are key=value, without dashes: {setting}"
+        if wrong == "--device" and command in _DRAW_OR_MEASURE:
+            return f"{text} ddpm {command} takes CUDA if there is one, else the CPU."
         options = [option for each in group.commands[command].params for option in (*each.opts, *each.secondary_opts)]
         text += _did_you_mean(wrong, options)
     elif "'--config'" in text and (file := next((word for word in words if word.endswith((".yaml", ".yml"))), None)):
