@@ -29,7 +29,7 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model for diffusers: DDPMPipeline.from_pretrained(DIR) loads it. With a model card and the newest preview.
+    """Write a model for diffusers. DDPMPipeline.from_pretrained(DIR) loads it. With a model card and the newest preview.
 
     The same noise gives the same image there as with --sampler ddpm here. `ddpm import` reads such a directory.
     """
@@ -106,7 +106,7 @@ def import_model(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a run of a model from elsewhere, for sample, verify, export, and train.init_from of a new run.
+    """Make a run of a model from elsewhere. It is for sample, verify, export, and train.init_from of a new run.
 
     It cannot be resumed. Nothing in a file is run. What neither names nor shapes of weights tell are flags.
     """

@@ -18,7 +18,7 @@ def init(
     ] = ".",
     quiet: Quiet = False,
 ) -> None:
-    """Copy the configurations and launch scripts of this installation into a directory. Existing files are kept."""
+    """Copy configurations and launch scripts into a directory. Existing files are kept."""
     from pipeline import init as job
 
     result = job.init(out)
@@ -37,7 +37,7 @@ def show(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what PATH is (run, checkpoint, set, model, images), how far it is, and what to do with it next."""
+    """Say what PATH is, how far it is, and what to do with it next. PATH: run, checkpoint, set, model, images."""
     from pipeline import show as job
 
     shown = job.show(source, preview)
@@ -51,7 +51,10 @@ def runs(
     ] = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """List the runs in a directory: state, step, loss, last checkpoint, time since the last line of the log."""
+    """List the runs in a directory.
+
+    State, step, loss, last checkpoint, and time since the last line of the log.
+    """
     from pipeline import runs as job
 
     found = job.runs(directory)
