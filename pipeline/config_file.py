@@ -303,7 +303,7 @@ def _in_words(problem: Any) -> str:
         return f"must be {_LIMITS[kind]} {message.rpartition(' ')[2]}"
     if kind == "literal_error":
         return f"must be {problem['ctx']['expected'].replace(chr(39), '')}"
-    if kind == "string_type" and problem["loc"][-1] == "constrained-str":  # of a length
+    if kind == "string_type" and problem["loc"][-1:] == ("constrained-str",):  # of a length
         return "must be epochs as in 50ep"
     if kind in ("missing", "too_short"):
         return "has too few values"

@@ -106,6 +106,8 @@ def test_each_command_exists_and_exits_with_the_code_of_its_error() -> None:
         ("shard", ("x", "--out", "y", "--size", "big"), "--size big"),
         ("shard", ("x", "--out", "y", "--size", "8", "--sise", "9"), "No such option: --sise. Did you mean --size? "),
         ("sample", ("x", "--seed", "9"), "Did you mean --seeds?"),
+        ("sample", ("x", "--seeds", "9", "--steps", "0"), "--steps 0: must be at least 1. `ddpm sample --help`"),
+        ("sample", ("x", "--seeds", "9", "--eta", "much"), "--eta much: must be a number. "),
         ("sample", ("x", "--seeds", "9", "--device", "cuda"), "--device. ddpm sample takes CUDA if there is one, else"),
         ("train", ("--config", "x", "--lr", "1e-4"), "Settings are key=value, without dashes: train.lr=1e-4"),
         ("train", ("--config", "x", "--train.lr=1e-4"), "without dashes: train.lr=1e-4"),
