@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.notebook import Figure, Model, PipelineError, ShardDataset, figures, load_model
 
+    __version__: str
+
 __all__ = ["Figure", "Model", "PipelineError", "ShardDataset", "figures", "load_model"]
 
 
@@ -17,8 +19,12 @@ def __getattr__(name: str) -> object:
         from pipeline import notebook
 
         return getattr(notebook, name)
+    if name == "__version__":
+        from pipeline.monitoring.machine import own_version
+
+        return own_version()
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}; public are {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])

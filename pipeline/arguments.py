@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import stat
@@ -99,11 +100,21 @@ def _read_text(name: str, processes: int) -> str:
             raise ConfigError(f"{name} has more than {_MAX_BYTES:,} bytes: it is no configuration")
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{name}: no such configuration file") from None
+        raise ConfigError(f"{name}: no such configuration file{_similar(name)}") from None
     except (IsADirectoryError, UnicodeDecodeError):
         raise ConfigError(f"{name} is not a YAML file") from None
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}: name a file that can") from error
+
+
+def _similar(name: str) -> str:
+    """The configuration beside a missing local one that was probably meant."""
+    from pipeline.storage import files
+
+    directory, slash, own = name.rpartition("/")
+    there = [] if files.is_remote(name) else files.listdir(directory + slash or ".")
+    near = difflib.get_close_matches(own, [file for file in there if file.endswith((".yaml", ".yml"))], n=1)
+    return f": did you mean {directory}{slash}{near[0]}?" if near else ""
 
 
 def _is_regular(path: os.PathLike[str]) -> bool:

@@ -166,7 +166,8 @@ class SamplingOptions(Section):
     precision: Literal["bf16", "fp32"] | None = None
     """Number format of the network. Default: as trained."""
     label: NonNegativeInt | None = None
-    """Class of all images, a number from 0. Default: seed modulo the number of classes."""
+    """Class of all images, by number from 0; `ddpm sample --label` takes its name, too. Default: seed modulo the number
+    of classes."""
     size: Size | None = None
     """Height and width of the images in pixels. Default: as trained."""
     compile: bool = False

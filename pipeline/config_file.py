@@ -257,26 +257,67 @@ def _validated(values: dict[str, Any], locations: _Locations, name: str) -> Conf
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        by_key: dict[tuple[str, ...], list[Any]] = {}
-        for problem in error.errors():  # a key of several types has a problem with each
-            by_key.setdefault(tuple(str(part) for part in problem["loc"][:2]), []).append(problem)
-        lines = [line for key, problems in by_key.items() for line in _explain(key, problems, locations, name)]
+        lines = [line for key, found in problems_of(error, 2).items() for line in _explain(key, found, locations, name)]
         raise ConfigError("\n".join(lines)) from error
 
 
-def _explain(key: tuple[str, ...], problems: list[Any], locations: _Locations, name: str) -> list[str]:
+def _explain(key: tuple[str, ...], found: list[Any], locations: _Locations, name: str) -> list[str]:
     """The lines for one key: location, key, what is wrong, what to do."""
     location = locations.get(key) or locations.get(key[:1]) or name
-    if problems[0]["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key[-1], _known_keys(key[:-1]), n=1, cutoff=0.5)
-        if len(key) == 2 and (meant := nearest_key(".".join(key))):
-            near = [meant.removeprefix(f"{key[0]}."), *near]
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_known_keys(key[:-1]))}"
+    if found[0]["type"] == "extra_forbidden":
+        meant = nearest_key(".".join(key)) if len(key) == 2 else None
+        hint = f"did you mean {meant}?" if meant else did_you_mean(key[-1], _known_keys(key[:-1]), key[:-1])
         return [f"{location}: {'.'.join(key)}: unknown key; {hint}"]
-    messages = list(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in problems))
     if not key:  # of the configuration as a whole: one line for each contradiction
-        return [f"{location}: {line}" for message in messages for line in message.splitlines()]
-    return [f"{location}: {'.'.join(key)}: {'; or '.join(messages)} (got {_SHORTENED.repr(problems[0]['input'])})"]
+        return [f"{location}: {line}" for problem in found for line in in_words([problem]).splitlines()]
+    return [f"{location}: {'.'.join(key)}: {in_words(found)} (got {_SHORTENED.repr(found[0]['input'])})"]
+
+
+def problems_of(error: ValidationError, depth: int) -> dict[tuple[str, ...], list[Any]]:
+    """The problems of each key of this depth: a key that may have several types has a problem with each of them."""
+    by_key: dict[tuple[str, ...], list[Any]] = {}
+    for problem in error.errors():
+        by_key.setdefault(tuple(str(part) for part in problem["loc"][:depth]), []).append(problem)
+    return by_key
+
+
+def in_words(found: list[Any]) -> str:
+    """What is wrong with the value of a key: `must be above 0, or auto`."""
+    first, *others = dict.fromkeys(_in_words(problem) for problem in found)
+    return ", or ".join([first, *(other.removeprefix("must be ") for other in others)])
+
+
+_TYPES = {
+    "int": "a whole number", "float": "a number", "finite": "a finite number", "bool": "true or false",
+    "string": "text", "tuple": "a list", "model": "a mapping of keys to values",
+}  # fmt: skip
+_LIMITS = {
+    "greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"
+}  # fmt: skip
+
+
+def _in_words(problem: Any) -> str:
+    """A problem of pydantic in plain words."""
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    if kind in _LIMITS:
+        return f"must be {_LIMITS[kind]} {message.rpartition(' ')[2]}"
+    if kind == "literal_error":
+        return f"must be {problem['ctx']['expected'].replace(chr(39), '')}"
+    if kind == "string_type" and problem["loc"][-1:] == ("constrained-str",):  # of a length
+        return "must be epochs as in 50ep"
+    if kind in ("missing", "too_short"):
+        return "has too few values"
+    if kind == "too_long":
+        return f"has more than {problem['ctx']['max_length']} values"
+    named = _TYPES.get(kind.partition("_")[0])
+    return f"must be {named}" if named else message
+
+
+def did_you_mean(name: str, known: Collection[str], section: tuple[str, ...] = ()) -> str:
+    """The known name that was probably meant, or all of them; those of a section are written with it."""
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"did you mean {'.'.join((*section, near[0]))}?"
+    return f"known here: {', '.join(known)}"
 
 
 def _known_keys(section: tuple[str, ...]) -> list[str]:

@@ -24,7 +24,7 @@ class Finding:
     """A thing that a run here lacks, or that slows it down or ends it."""
 
     what: str
-    mend: str
+    fix: str
     necessary: bool = False
 
 
@@ -99,16 +99,16 @@ def gpu_findings(machine: Machine, run: dict[str, Any] | None = None) -> list[Fi
     here, count, findings = recommend(machine, run), len(machine.gpus), []
     if machine.hidden_gpus:
         if machine.visible_devices is not None:
-            reason, mend = "CUDA_VISIBLE_DEVICES hides them", "unset CUDA_VISIBLE_DEVICES"
+            reason, fix = "CUDA_VISIBLE_DEVICES hides them", "unset CUDA_VISIBLE_DEVICES"
         elif machine.torch_cuda is None:
-            reason, mend = "torch is a CPU build", "pip install --force-reinstall torch, from an index with CUDA builds"
+            reason, fix = "torch is a CPU build", "pip install --force-reinstall torch, from an index with CUDA builds"
         else:
-            reason, mend = f"the driver may be too old for CUDA {machine.torch_cuda}", "a newer driver (nvidia-smi)"
-        findings.append(Finding(f"nvidia-smi lists {machine.hidden_gpus} GPUs, but torch sees none: {reason}", mend))
+            reason, fix = f"the driver may be too old for CUDA {machine.torch_cuda}", "a newer driver (nvidia-smi)"
+        findings.append(Finding(f"nvidia-smi lists {machine.hidden_gpus} GPUs, but torch sees none: {reason}", fix))
     if count > here["processes"]:
         what = f"{count} GPUs cannot share the lanes of the data equally, {here['processes']} can"
-        mend = f"a new run with data.lanes and train.global_batch that are multiples of {count}"
-        findings.append(Finding(what, mend))
+        fix = f"a new run with data.lanes and train.global_batch that are multiples of {count}"
+        findings.append(Finding(what, fix))
     if here["precision_emulated"]:
         findings.append(Finding(f"bf16 is emulated on this {here['device']}, and slow", "train.precision=fp32"))
     return findings
@@ -117,8 +117,9 @@ def gpu_findings(machine: Machine, run: dict[str, Any] | None = None) -> list[Fi
 def limit_findings(machine: Machine) -> list[Finding]:
     """Limits of this system that are too low for loader processes."""
     findings = []
-    if (machine.shm_bytes or 0) < _SMALL_SHM_BYTES:
-        what = f"shared memory (/dev/shm) is {_size(machine.shm_bytes)}: too little for loader processes and NCCL"
+    if (machine.shared_memory_bytes or 0) < _SMALL_SHM_BYTES:
+        size = _size(machine.shared_memory_bytes)
+        what = f"shared memory (/dev/shm) is {size}: too little for loader processes and NCCL"
         findings.append(Finding(what, "docker run --shm-size 8g (or --ipc host), or data.workers=0"))
     if machine.open_files < _FEW_FILES:
         findings.append(Finding(f"only {machine.open_files} files may be open at a time", "ulimit -n 65536"))
@@ -144,7 +145,7 @@ def as_text(report: dict[str, Any]) -> str:
             rows += [title, *(f"  {name:<18} {text}" for name, text in zip(names, texts))]
     rows.append("findings" if report["findings"] else "findings: none")
     for finding in report["findings"]:
-        rows.append(f"  {'MISSING' if finding['necessary'] else 'warning'}: {finding['what']}; mend: {finding['mend']}")
+        rows.append(f"  {'MISSING' if finding['necessary'] else 'warning'}: {finding['what']}; fix: {finding['fix']}")
     return "\n".join(rows)
 
 
@@ -164,14 +165,14 @@ def _inspect_run(path: str) -> dict[str, Any]:
     """The state of a run, its newest step, what its configuration asks of a machine, who holds it, its last save."""
     from pipeline import config_file
     from pipeline.checkpoints.checkpoint import committed_step
-    from pipeline.checkpoints.run_dir import RunDir
+    from pipeline.checkpoints.run_dir import RunDir, advice_for_missing
     from pipeline.cluster import failure, interrupt, lease
     from pipeline.data.loading.order import default_lanes
     from pipeline.storage import files
     from pipeline.training import start
 
     if not files.is_dir(path):
-        raise ConfigError(f"{path}: no such run: give the run.dir of one")
+        raise ConfigError(f"{path}: no such run: {advice_for_missing(path)}")
     start.check_run_dir(path)
     run, step, holder = RunDir(path), committed_step(path), lease.current_holder(path)
     state, save_s = "new" if step == 0 else "to be resumed", None

@@ -5,6 +5,7 @@ They call the same code as the commands, so they give the same images and figure
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline import evaluate as evaluation_job
+from pipeline.checkpoints.checkpoint import step_of_manifest
+from pipeline.checkpoints.run_dir import step_of
 from pipeline.cluster.device import own_device
 from pipeline.config import Config
 from pipeline.data.loading.batches import read_range
 from pipeline.data.shards.shard_set import ShardSet
+from pipeline.errors import ConfigError, Stopped
 from pipeline.errors import PipelineError as PipelineError  # noqa: PLC0414  public
-from pipeline.errors import Stopped
 from pipeline.evaluation.intervals import Figure as Figure  # noqa: PLC0414  public
 from pipeline.sampling import generator as generators
 from pipeline.sampling.options import SamplingRequest, choose
@@ -38,14 +41,20 @@ def load_model(source: str, *, device: str | None = None, ema: bool = True) -> M
     Raises:
         PipelineError: there is no such model, or its files are damaged. The message is one line.
     """
-    return Model(generators.load(source, torch.device(device) if device else own_device(), ema=ema))
+    return Model(source, generators.load(source, torch.device(device) if device else own_device(), ema=ema))
 
 
 class Model:
     """A trained network that draws one image for each seed: the image that `ddpm sample` draws for it."""
 
-    def __init__(self, generator: generators.Generator) -> None:
-        self._generator = generator
+    def __init__(self, source: str, generator: generators.Generator) -> None:
+        self._source, self._generator = source, generator
+        self._step = step_of(source) or step_of_manifest(source, generator.sha256)
+
+    def __repr__(self) -> str:
+        size, classes = "x".join(map(str, self.config.data.height_width)), len(self.classes or ())
+        step = "" if self._step is None else f"step {self._step}, "
+        return f"<Model {self._source}: {step}{size} pixels, {classes or 'no'} class{'es' * (classes != 1)}>"
 
     @property
     def config(self) -> Config:
@@ -75,7 +84,10 @@ class Model:
         wanted = [int(seed) for seed in seeds]
         ordered = sorted(set(wanted))
         request = SamplingRequest("", tuple(range(seed, seed + 1) for seed in ordered), dict(options))
-        chosen, _ = choose(request, self._generator, {}, quiet=True)
+        try:
+            chosen, _ = choose(request, self._generator, {}, quiet=True)
+        except ConfigError as error:
+            raise ConfigError(_with_keywords(str(error))) from None
         drawn = dict(self._generator.images(ordered, chosen))
         data = self.config.data
         shape = (*(chosen.height_width or data.height_width), data.channels)
@@ -85,6 +97,12 @@ class Model:
         """The same images as Pillow has them, mode RGB or L. Arguments and errors as in `images`."""
         return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
                 for image in self.images(seeds, **options)]  # fmt: skip
+
+
+def _with_keywords(message: str) -> str:
+    """A message with the keywords of Python where it has options of the command line: `steps=0:` for `--steps 0:`."""
+    message = re.sub(r"^--([a-z-]+) (\S+|[\[({].*?[\])}]):", r"--\1=\2:", message, flags=re.MULTILINE)
+    return re.sub(r"--([a-z][a-z-]*)", lambda option: option[1].replace("-", "_"), message)
 
 
 class ShardDataset(Dataset[tuple[Any, int]]):

@@ -62,7 +62,7 @@ def report(request: ReportRequest) -> dict[str, Any]:
     """Write the page.
 
     Returns:
-        `out`, and the `bytes` of the page.
+        `out`, the `bytes` of the page, and whether it `replaced` a file.
 
     Raises:
         ConfigError: the run or the samples are none, or `out` is no .html file.
@@ -83,8 +83,9 @@ def report(request: ReportRequest) -> dict[str, Any]:
         version=own_version(),
     )
     text = page(content).encode()
+    replaced = files.exists(out)
     files.write_bytes(out, text)
-    return {"out": out, "bytes": len(text)}
+    return {"out": out, "bytes": len(text), "replaced": replaced}
 
 
 def _previews(run: RunFacts, most: int) -> Iterator[tuple[int, Sheet]]:
@@ -132,8 +133,8 @@ def _sheets(shards: ShardSet) -> Iterator[Sheet]:
         of_class = images[labels == label][:_COLUMNS]
         missing = np.full((_COLUMNS - len(of_class), *of_class.shape[1:]), 255, np.uint8)
         yield _sheet(grid(np.concatenate((of_class, missing)), columns=_COLUMNS), f"class {shards.classes[label]}")
-    if more := len(present) - _ROWS:
-        messages.info(f"{shards.url}: samples of the first {_ROWS} classes are shown, {max(more, 0)} classes are not")
+    if len(present) > _ROWS:
+        messages.info(f"{shards.url}: samples of {_ROWS} of {len(present)} classes are shown")
 
 
 def _sheet(image: NDArray[np.uint8], caption: str) -> Sheet:

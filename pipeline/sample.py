@@ -11,7 +11,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -39,7 +39,9 @@ from pipeline.sampling import generator as generators
 from pipeline.sampling import image_start
 from pipeline.sampling.generator import Generator
 from pipeline.sampling.options import DEFAULT_STRENGTH, SamplingRequest, choose, provenance
+from pipeline.solvers import SAMPLERS
 from pipeline.storage import files
+from pipeline.units import all_of
 
 SHOWN = 100
 """Maximum number of images in a grid or a video: the first ones of the requested seeds."""
@@ -108,7 +110,7 @@ def forecast(request: SamplingRequest) -> Forecast:
             where=request.out or request.grid or request.video or request.trajectory or "",
             work=f"{images:,} of {total:,} images to draw, in {batches:,} batch{'es' * (batches > 1)} of "
             f"{options.batch}" if images
-            else f"all {total:,} images are there",
+            else f"{all_of(total, 'image')} there",
             units=images, unit="images", per_s=images / (batches * batch_s) if batches else None,
             basis=f"measured on {steps} of {generator.steps(options)} steps of one batch, one process on "
             f"{generator.device.type}",
@@ -119,7 +121,7 @@ def forecast(request: SamplingRequest) -> Forecast:
 def _measure(generator: Generator, options: SamplingOptions, interrupt: Interrupt) -> tuple[float, int, int]:
     """Seconds of a batch, the steps measured, and bytes of a sample at most: of noise, which PNG cannot compress."""
     steps, times = generator.steps(options), [time.monotonic()]
-    check_stop = _watch(interrupt, Progress(steps, "measuring", unit="steps", quiet=True))
+    check_stop = _watch(interrupt, Progress(steps, "measuring", unit="steps", quiet=True), str)
     for images in islice(generator.denoising(range(options.batch), options, steps, check_stop), steps):
         shape = images[0].shape
         times.append(time.monotonic())
@@ -184,19 +186,21 @@ class _Drawing:
                 share = sum(len(target.seeds_in(i, seeds)) for i in shards)
                 progress.info(f"process {process.rank} of {process.size}: its share is {share} of {images} images")
             if images < options.batch // 2:
-                progress.info(f"{images} of the {options.batch} slots of a batch used; --batch {images} is "
-                             "faster, but the last bits of the images may differ")  # fmt: skip
+                wanted = "1 image is" if images == 1 else f"{images} images are"
+                progress.info(f"{wanted} wanted, but each batch draws {options.batch}: --batch {images} is faster; "
+                              "the last bits of the images may differ")  # fmt: skip
 
             def show_count() -> None:
                 committed.look()
                 progress.set_done(committed.count)
 
-            check_stop = _watch(self.interrupt, progress, show_count)
             for i in shards:
                 requested, stored = target.seeds_in(i, seeds), target.committed(i)
                 committed.note(i, stored)
                 if not stored.issuperset(requested):
                     members = sorted(stored.union(requested))
+                    where = f" of shard {i}" if len(shards) > 1 else ""
+                    check_stop = self.watch(progress, members, where, show_count)
                     drawn = committed.counted(i, generator.images(members, options, check_stop))
                     target.write(i, drawn, generator.labels(members, options))
                     committed.note(i, members)
@@ -210,6 +214,23 @@ class _Drawing:
             )
             progress.info(f"{target.url}: {_drawn(count, committed.count, images)}")
         return {"drawn": count, "complete": complete}
+
+    def watch(
+        self,
+        progress: Progress,
+        seeds: Collection[int],
+        where: str = "",
+        show_count: Callable[[], None] = lambda: None,
+    ) -> Callable[[], None]:
+        """`_watch` for the batches of these seeds."""
+        passes = SAMPLERS[self.options.sampler].passes(self.generator.steps(self.options))
+        batches = len({seed // self.options.batch for seed in seeds})
+
+        def text(number: int) -> str:
+            batch, done = divmod(number, passes)
+            return f"network pass {done + 1} of {passes}, batch {batch + 1} of {batches}{where}"
+
+        return _watch(self.interrupt, progress, text, show_count)
 
     def draw_sheets(self) -> None:
         """Write the files that are requested beside the sample set."""
@@ -229,47 +250,47 @@ class _Drawing:
         shown = self.target.read(self._first, self.generator.config.data.channels) if self.target else {}
         missing = [seed for seed in self._first if seed not in shown]
         with Progress(len(missing), "drawing the grid", unit="images", quiet=self.quiet) as progress:
-            check_stop = _watch(self.interrupt, progress)
+            check_stop = self.watch(progress, missing)
             shown |= _counted(self.generator.images(missing, self.options, check_stop), progress)
             sheet = grid(np.stack([shown[seed] for seed in self._first]))
-            files.write_bytes(path, preprocess.encode(sheet, "png"))
-            progress.info(f"grid of {len(self._first)} images: {path}")
+            written = _write(path, preprocess.encode(sheet, "png"))
+            progress.info(f"grid of {len(self._first)} images: {written}")
 
     def draw_video(self, path: str) -> None:
         """Write a video of the denoising of the first images."""
         steps = self.generator.steps(self.options)
         count = -(-steps // -(-steps // VIDEO_FRAMES)) + 1
         with Progress(count, "drawing the video", unit="frames", quiet=self.quiet) as progress:
-            check_stop = _watch(self.interrupt, progress)
+            check_stop = self.watch(progress, self._first[:1])
             denoising = self.generator.denoising(self._first, self.options, VIDEO_FRAMES, check_stop)
             frames = (grid(images) for _, images in _counted(enumerate(denoising), progress))
-            files.write_bytes(path, video.encode(frames, video.kind(path)))
-            progress.info(f"video of their denoising: {path}")
+            written = _write(path, video.encode(frames, video.kind(path)))
+            progress.info(f"video of their denoising: {written}")
 
     def draw_trajectories(self, path: str) -> None:
         """Write a sheet of the first seeds: a row each, from noise to image."""
         with Progress(1, "drawing the trajectories", unit="sheets", quiet=self.quiet) as progress:
-            seeds, check_stop = self._first[:TRAJECTORY_ROWS], _watch(self.interrupt, progress)
+            seeds, check_stop = self._first[:TRAJECTORY_ROWS], self.watch(progress, self._first[:1])
             rows = self.generator.trajectories(seeds, self.options, TRAJECTORY_COLUMNS, check_stop)
             sheet = grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
-            files.write_bytes(path, preprocess.encode(sheet, "png"))
+            written = _write(path, preprocess.encode(sheet, "png"))
             progress.advance()
-            progress.info(f"trajectories of {len(rows)} seeds: {path}")
+            progress.info(f"trajectories of {len(rows)} seeds: {written}")
 
     def draw_interpolation(self, count: int) -> None:
         """Write the images between the two seeds: a grid of one row, a video, or both."""
         request, (first, last) = self.request, self._first
         with Progress(count, "interpolating", unit="images", quiet=self.quiet) as progress:
-            check_stop = _watch(self.interrupt, progress)
+            check_stop = self.watch(progress, range(count))
             between = self.generator.between(first, last, self.options, count, check_stop)
             images = np.stack([image for _, image in _counted(enumerate(between), progress)])
+            written = []
             if request.grid:
-                files.write_bytes(request.grid, preprocess.encode(grid(images, columns=count), "png"))
+                written.append(_write(request.grid, preprocess.encode(grid(images, columns=count), "png")))
             if request.video:
                 frames = (grid(image[None]) for image in images)
-                files.write_bytes(request.video, video.encode(frames, video.kind(request.video)))
-            paths = ", ".join(path for path in (request.grid, request.video) if path)
-            progress.info(f"{count} images from seed {first} to seed {last}: {paths}")
+                written.append(_write(request.video, video.encode(frames, video.kind(request.video))))
+            progress.info(f"{count} images from seed {first} to seed {last}: {', '.join(written)}")
 
     @cached_property
     def _first(self) -> list[int]:
@@ -277,19 +298,36 @@ class _Drawing:
         return [seed for part in self.request.seeds for seed in part[:SHOWN]][:SHOWN]
 
 
+def _write(path: str, data: bytes) -> str:
+    """Write a file, and return how a line names it: whether it replaces one."""
+    replaced = files.exists(path)
+    files.write_bytes(path, data)
+    return "replaced " * replaced + path
+
+
 def _drawn(count: int, there: int, images: int) -> str:
     """What this process drew, and what is there now."""
     if there < images:
         return f"{count} images drawn here, {there} of {images} are there: other processes are still at work"
     if not count:
-        return f"all {images} images were already there"
+        return f"{all_of(images, 'image')} there already"
     return f"{count} images drawn" + f" here, all {images} are there" * (count < images)
 
 
 def _watch(
-    interrupt: Interrupt, progress: Progress, show_count: Callable[[], None] = lambda: None
+    interrupt: Interrupt,
+    progress: Progress,
+    text: Callable[[int], str],
+    show_count: Callable[[], None] = lambda: None,
 ) -> Callable[[], None]:
-    """A function to call before each pass through the network: it raises `Stopped` on request, and reports progress."""
+    """A function to call before each pass through the network: it raises `Stopped` on request, and reports progress.
+
+    Args:
+        interrupt: the request to stop.
+        progress: where to show it.
+        text: number of passes before this one → what to show.
+        show_count: updates the count of images.
+    """
     passes = 0
 
     def check_stop() -> None:
@@ -299,7 +337,7 @@ def _watch(
                 f"stop requested ({interrupt.requested}): finished shards are kept; the same command continues"
             )
         show_count()
-        progress.show_alive(f"network pass {passes}")
+        progress.show_alive(text(passes))
         passes += 1
 
     return check_stop

@@ -30,6 +30,7 @@ from pipeline.monitoring.progress import Progress
 from pipeline.processes import pool
 from pipeline.processes.prefetch import prefetch
 from pipeline.storage import files
+from pipeline.units import all_of
 
 if TYPE_CHECKING:
     from pipeline.evaluation.features import Extractor
@@ -152,7 +153,7 @@ def forecast(
     return Forecast(
         where=out,
         work=f"{len(missing)} of {len(builder.own)} shards to make, of {inputs:,} inputs" if missing
-        else f"all {len(builder.own)} shards are there, nothing to do",
+        else f"{all_of(len(builder.own), 'shard')} there, nothing to do",
         units=inputs, unit="images", per_s=per_s and per_s * min(workers, pool.cores()), basis=basis,
         bytes=inputs * sample_bytes, free_bytes=files.free_bytes(out),
     )  # fmt: skip

@@ -167,6 +167,10 @@ class Sampler:
     options: tuple[str, ...] = ()
     """Keys of `SamplingOptions` that this sampler reads and some others do not."""
 
+    def passes(self, steps: int) -> int:
+        """Passes of a batch through the network."""
+        return 2 * steps - 1 if self.solver is heun else steps
+
 
 _EVEN: tuple[Spacing, ...] = ("uniform", "leading", "trailing")
 

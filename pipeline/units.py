@@ -71,6 +71,11 @@ else:
     PositiveLength = Annotated[PositiveInt | _EPOCHS_TEXT, BeforeValidator(_length)]
 
 
+def all_of(count: int, unit: str) -> str:
+    """`all 3 shards are`, or `the only shard is`."""
+    return f"the only {unit} is" if count == 1 else f"all {count:,} {unit}s are"
+
+
 def epochs(length: int | str) -> Fraction | None:
     """The number of epochs in a length; None if it is given in steps."""
     match = _EPOCHS.fullmatch(length) if isinstance(length, str) else None

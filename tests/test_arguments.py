@@ -11,6 +11,22 @@ from pipeline import arguments
 from pipeline.errors import ConfigError
 
 
+def test_a_missing_configuration_is_compared_with_those_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cats.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    for missing, hint in {
+        "cats.yml": ": did you mean cats.yaml?",
+        f"{tmp_path}/cat.yaml": f"mean {tmp_path}/cats.yaml?",
+        "64px.yaml": "no such configuration file",
+        "gone/cats.yml": "configuration file",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            arguments.configuration(missing, [])
+        assert str(error.value).startswith(f"{missing}: no such") and str(error.value).endswith(hint)
+
+
 def test_a_leading_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "c.yaml").write_text("base: ~/b.yaml\nrun: {dir: ~/r}\ntrain: {init_from: ~/i}")

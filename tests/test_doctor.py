@@ -28,7 +28,8 @@ T4 = Gpu("T4", 16 << 30, (7, 5))
 GOOD = Machine(
     ddpm="0.1.0", python="3.12.3", packages={"torch": "2.13.0"}, outdated={}, extras={}, protocols={},
     torch_cuda="13.0", gpus=(H100,) * 8, hidden_gpus=0, visible_devices=None, cores=64, cpu_bf16=True,
-    shm_bytes=64 << 30, free_bytes=1 << 40, open_files=65536, tools={"git": True, "nvidia-smi": True, "sbatch": False},
+    shared_memory_bytes=64 << 30, free_bytes=1 << 40, open_files=65536,
+    tools={"git": True, "nvidia-smi": True, "sbatch": False},
 )  # fmt: skip
 
 
@@ -47,14 +48,14 @@ def test_the_report_describes_this_machine() -> None:
     assert machine["python"] == platform.python_version() and machine["ddpm"] == version("ddpm-pipeline")
     assert machine["packages"]["torch"] == version("torch") and machine["packages"]["accelerate"]
     assert machine["cores"] == len(os.sched_getaffinity(0))
-    assert machine["shm_bytes"] == shutil.disk_usage("/dev/shm").total
+    assert machine["shared_memory_bytes"] == shutil.disk_usage("/dev/shm").total
     assert machine["protocols"]["file"] and machine["protocols"]["s3"] and machine["extras"]["s3"]
 
 
 def test_the_table_is_for_reading() -> None:
     done = ddpm("doctor")
     assert done.returncode == 0
-    for what in (f"torch {version('torch')}", "cores", "shm", "a run here", "ddpm train --config"):
+    for what in (f"torch {version('torch')}", "cores", "shared memory ", "a run here", "ddpm train --config"):
         assert what in done.stdout
 
 
@@ -101,7 +102,7 @@ def test_all_gpus_that_can_share_the_data_are_used() -> None:
 def test_emulated_bf16_is_a_finding() -> None:
     old = replace(GOOD, gpus=(H100, T4))
     assert doctor.recommend(old)["precision_emulated"] and not doctor.recommend(GOOD)["precision_emulated"]
-    assert [finding.mend for finding in doctor.gpu_findings(old)] == ["train.precision=fp32"]
+    assert [finding.fix for finding in doctor.gpu_findings(old)] == ["train.precision=fp32"]
     run = {"path": "runs/x", "lanes": 12, "save_s": None, "precision": "fp32"}
     assert doctor.gpu_findings(old, run) == [] and doctor.recommend(old, run)["precision"] == "fp32"
     on_cpu = doctor.recommend(GOOD, run | {"device": "cpu"})
@@ -118,7 +119,7 @@ def test_a_batch_job_is_offered_where_there_is_slurm() -> None:
 # --- what is missing ---
 
 
-def test_an_outdated_package_ends_with_3_and_the_command_that_mends_it(tmp_path: Path) -> None:
+def test_an_outdated_package_ends_with_3_and_the_command_that_fixes_it(tmp_path: Path) -> None:
     old = tmp_path / "webdataset-0.1.0.dist-info"
     old.mkdir()
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 0.1.0\n")
@@ -126,7 +127,7 @@ def test_an_outdated_package_ends_with_3_and_the_command_that_mends_it(tmp_path:
     (finding,) = report["findings"]
     assert code == 3 and not report["ok"] and report["here"] is None and "install or correct" in error
     assert finding["necessary"] and "webdataset 0.1.0 is older than" in finding["what"]
-    assert finding["mend"].startswith("pip install") and "webdataset" in finding["mend"]
+    assert finding["fix"].startswith("pip install") and "webdataset" in finding["fix"]
 
 
 def test_a_missing_package_is_a_finding_and_not_imported() -> None:
@@ -150,13 +151,13 @@ def test_gpus_that_torch_does_not_see_are_a_finding(tmp_path: Path) -> None:
 
 def test_small_limits_are_findings() -> None:
     assert doctor.limit_findings(GOOD) == []
-    shm, files = doctor.limit_findings(replace(GOOD, shm_bytes=64 << 20, open_files=512))
-    assert "64 MiB" in shm.what and "--shm-size" in shm.mend and "512 files" in files.what
+    shm, files = doctor.limit_findings(replace(GOOD, shared_memory_bytes=64 << 20, open_files=512))
+    assert "64 MiB" in shm.what and "--shm-size" in shm.fix and "512 files" in files.what
     limited = f"ulimit -n 1000; exec {sys.executable} -c 'from pipeline.cli import main; main()' doctor"
     done = subprocess.run(
         ["sh", "-c", limited], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 0 and "only 1000 files" in done.stdout
+    assert done.returncode == 0 and "only 1000 files may be open at a time; fix: ulimit" in done.stdout
 
 
 # --- where a run stands ---
@@ -220,7 +221,7 @@ def test_a_save_longer_than_the_grace_time_is_a_finding(copy: Path, save_s: floa
         log.write(json.dumps({"step": 4, "checkpoint/save_s": save_s}) + "\n" + '{"step": 6, "checkpoint/sa')
     report = doctor.examine(str(copy))
     assert report["run"]["save_s"] == save_s and report["ok"]
-    assert any("PET_SHUTDOWN_TIMEOUT" in finding["mend"] for finding in report["findings"]) == told
+    assert any("PET_SHUTDOWN_TIMEOUT" in finding["fix"] for finding in report["findings"]) == told
 
 
 def test_no_such_run_is_one_line(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from pipeline.cli import app, main
 from pipeline.commands.help import EXAMPLES, RARE, Command
@@ -58,6 +59,11 @@ def test_only_options_that_exist_are_left_to_the_full_help() -> None:
     for job, rare in RARE.items():
         assert rare <= {parameter.name for parameter in JOBS[job].params}, job
         assert not any(parameter.required for parameter in JOBS[job].params if parameter.name in rare), job
+
+
+def test_the_list_of_commands_cuts_no_sentence() -> None:
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output.partition("Commands:")[2]
+    assert len(shown.splitlines()) == len(JOBS) + 1 and "..." not in shown and "…" not in shown
 
 
 def test_all_commands_have_this_help() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -67,11 +68,29 @@ def test_a_seed_is_the_image_of_the_command(house: Path, model: pipeline.Model) 
 
 
 @pytest.mark.parametrize(
-    "options", [{"label": "cat"}, {"label": 10}, {"steps": 0}, {"sampler": "euler"}, {"colour": 1}]
+    ("options", "message"),
+    [
+        ({"label": "cat"}, "label=cat: this model knows the classes "),
+        ({"label": 10}, "label=10: this model knows the classes "),
+        ({"lable": 1}, "lable: unknown option; did you mean label?"),
+        ({"steps": 0}, "steps=0: must be above 0"),
+        ({"steps": "many"}, "steps=many: must be a whole number"),
+        ({"size": [1, 0]}, "size=[1, 0]: must be "),
+        ({"guidance_interval": (5, 2)}, "guidance_interval changes nothing without guidance: give guidance W, or"),
+        ({"sampler": "euler"}, "sampler=euler: must be ddpm, ddim, dpmpp, dpmpp3m or heun"),
+    ],
 )
-def test_an_option_that_the_model_cannot_have_is_one_line(model: pipeline.Model, options: dict[str, object]) -> None:
-    with pytest.raises(pipeline.PipelineError, match=r"label|steps|sampler|colour"):
+def test_a_wrong_option_is_told_as_a_keyword(model: pipeline.Model, options: dict[str, object], message: str) -> None:
+    with pytest.raises(pipeline.PipelineError) as error:
         model.images([0], **options)
+    assert str(error.value).startswith(message)
+
+
+def test_a_model_and_the_package_say_what_they_are(house: Path, model: pipeline.Model) -> None:
+    assert repr(model) == f"<Model {house}/runs/mine: step 6, 8x8 pixels, 10 classes>"
+    checkpoint = f"{house}/runs/mine/checkpoints/step_00000006"
+    assert "step 6," in repr(pipeline.load_model(checkpoint, device="cpu"))
+    assert pipeline.__version__ == version("ddpm-pipeline") and "__version__" in dir(pipeline)
 
 
 def test_a_dataset_is_the_shard_set(digits: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline import config_file
 from pipeline.checkpoints.run_dir import RunDir
+from pipeline.cli import main
 from pipeline.cluster import starts
 from pipeline.config import Config
 from pipeline.data.shards import shard_set
@@ -257,10 +258,29 @@ def test_samples_without_classes_are_one_sheet_and_lack_of_figures_is_said(tmp_p
     assert "Nearest training images are not shown" in text and "have not been evaluated" in text
 
 
+def test_classes_are_counted_as_left_out_only_where_they_are(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, samples = make_run(tmp_path / "run", [], 0, shards=""), shards(tmp_path / "samples", ("a", "b", "c", "d"))
+    text_of(run, samples=str(samples))
+    assert "classes are shown" not in capfd.readouterr().err
+    monkeypatch.setattr("pipeline.report._ROWS", 2)
+    text_of(run, samples=str(samples))
+    assert f"{samples}: samples of 2 of 3 classes are shown\n" in capfd.readouterr().err
+
+
+def test_a_page_that_replaces_a_file_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", [], 0, shards="")
+    for start in (f"{run}/report.html: ", f"replaced {run}/report.html: "):
+        with pytest.raises(SystemExit):
+            main(["report", str(run)])
+        assert capfd.readouterr().out.startswith(start)
+
+
 def test_what_is_no_run_or_no_page_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [], 0, shards="")
     for request, message in (
-        (ReportRequest(str(tmp_path / "gone")), "no such directory: give the run.dir"),
+        (ReportRequest(str(tmp_path / "gone")), "no such run: train it first"),
         (ReportRequest(str(run / "previews")), "is not a run"),
         (ReportRequest(str(run), out=str(tmp_path / "page.pdf")), r"give a name that ends in \.html"),
     ):

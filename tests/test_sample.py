@@ -104,7 +104,7 @@ def test_a_class_is_given_by_name_or_number_and_what_is_there_is_not_drawn_again
     assert '"label": 1' in (out / "shard_000000.json").read_text()  # as a number was always recorded
     assert draw(**asked, out=out, label="1")["drawn"] == 0
     told = capfd.readouterr().err
-    assert f"{out}: all 4 images were already there\n" in told and "images/s" not in told
+    assert f"{out}: all 4 images are there already\n" in told and "images/s" not in told
     assert {path.name: path.read_bytes() for path in out.iterdir()} == drawn
     draw(**(asked | {"seeds": "2-5"}), out=out, label="dog")
     assert f"{out}: 2 images drawn here, all 4 are there\n" in capfd.readouterr().err
@@ -167,6 +167,15 @@ def test_a_grid_of_a_finished_set_is_read_instead_of_drawn(draw: Callable[..., d
         assert (tmp_path / f"{format}.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
 
 
+def test_a_sheet_that_replaces_a_file_is_told(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "g.png"
+    for line in (f"grid of 4 images: {path}\n", f"grid of 4 images: replaced {path}\n"):
+        draw("0-3", grid=path)
+        assert line in capfd.readouterr().err
+
+
 def test_progress_counts_each_requested_image_once(
     draw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +192,32 @@ def test_progress_counts_each_requested_image_once(
     assert verify(str(tmp_path / "set"), quiet=True) == []
     draw("0-8", grid=tmp_path / "g.png", video=tmp_path / "v.mp4")
     assert shown[4:] == [("drawing the grid", 0, 9, 9), ("drawing the video", 0, 5, 5)]
+
+
+@pytest.mark.parametrize(("sampler", "passes"), [("ddim", 4), ("heun", 7)])
+def test_progress_names_pass_and_batch(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, passes: int
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Progress, "show_alive", lambda _, text: told.append(text))
+    draw("2-9", grid=tmp_path / "g.png", sampler=sampler, steps=4)
+    assert told == [f"network pass {n} of {passes}, batch {b} of 3" for b in (1, 2, 3) for n in range(1, passes + 1)]
+    told.clear()
+    draw("0-11", out=tmp_path / "set", shard_samples=8, sampler=sampler, steps=4)
+    assert len(told) == Network.passes == 3 * passes
+    assert f"network pass 1 of {passes}, batch 2 of 2 of shard 0" in told
+    assert f"network pass {passes} of {passes}, batch 1 of 1 of shard 1" in told
+
+
+@pytest.mark.parametrize(("seeds", "wanted"), [("0", "1 image is"), ("0-2", "3 images are"), ("0-3", "")])
+def test_a_smaller_batch_is_advised_for_few_images(
+    draw: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str], seeds: str, wanted: str
+) -> None:
+    images = draw(seeds, out=tmp_path / "set", batch=8)["images"]
+    line = (
+        f"{wanted} wanted, but each batch draws 8: --batch {images} is faster; the last bits of the images may differ\n"
+    )
+    assert (line in capfd.readouterr().err) == bool(wanted)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,14 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.training.intervals import Schedule, batch_changed, past_of
-from pipeline.units import EpochCounter
+from pipeline.units import EpochCounter, all_of
 
 DOUBLED = EpochCounter(60, 24, [(5, 60), (8, 132)])
 """An epoch of 60 samples: one at 12 a step, then 24 a step, now at step 8."""
+
+
+def test_one_is_not_called_all() -> None:
+    assert (all_of(1, "shard"), all_of(1200, "image")) == ("the only shard is", "all 1,200 images are")
 
 
 @pytest.mark.parametrize(

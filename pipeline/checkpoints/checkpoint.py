@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline import untrusted
-from pipeline.checkpoints.run_dir import RunDir, checkpoint_name, step_of
+from pipeline.checkpoints.run_dir import RunDir, advice_for_missing, checkpoint_name, step_of
 from pipeline.errors import ConfigError, DataError, NoCheckpoint, RunHeld
 from pipeline.storage import files
 
@@ -178,7 +178,7 @@ def find_checkpoint(source: str) -> tuple[Checkpoint, list[str]]:
         NoCheckpoint: `source` has no valid checkpoint.
     """
     if not files.exists(source):
-        raise ConfigError(f"{source}: no such run or checkpoint")
+        raise ConfigError(f"{source}: no such run or checkpoint: {advice_for_missing(source)}")
     if _is_committed(source):
         try:
             return _validate(source), []

@@ -102,6 +102,11 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def advice_for_missing(path: str) -> str:
+    """What to do where a run is expected and nothing is."""
+    return f"train it first (ddpm train --config CONFIG.yaml run.dir={path}), or see `ddpm runs DIR`"
+
+
 def step_of(checkpoint_path: str) -> int | None:
     """The step in the name of a checkpoint directory; None for another name."""
     match = _CHECKPOINT.fullmatch(checkpoint_path.rstrip("/").rpartition("/")[2])

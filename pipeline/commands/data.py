@@ -126,7 +126,7 @@ def verify(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every file, compare it with its index or manifest, and list what is damaged or missing."""
+    """Read every file and list what is damaged or missing. Each is compared with its index or manifest."""
     from pipeline.verify import verify as job
 
     findings = job(path, quiet=quiet)
@@ -167,7 +167,7 @@ def index(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn existing tars (a webdataset, or parts of a shard set) into a shard set: write an index, copy nothing."""
+    """Make a shard set of existing tars: write an index, copy nothing. The tars: a webdataset, or parts of a shard set."""
     from pipeline.data.shards.settings import IndexSettings
     from pipeline.index import index as job
 

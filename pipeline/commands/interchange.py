@@ -29,7 +29,9 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model for diffusers, with a model card and the newest preview. DDPMPipeline.from_pretrained(DIR) loads it.
+    """Write a model for diffusers, with a model card.
+
+    DDPMPipeline.from_pretrained(DIR) loads it. The card shows the newest preview.
 
     From the same noise, diffusers draws the same image as `ddpm sample --sampler ddpm`. `ddpm import` reads DIR again.
     """
@@ -104,7 +106,9 @@ def import_model(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a model of another project into a run, for sample, verify, export, and train.init_from of a new run.
+    """Convert a model of another project into a run.
+
+    Use it with sample, verify, export, and with train.init_from of a new run.
 
     The new run cannot be resumed. No code in the file is executed. Options give what the weights do not show.
     """

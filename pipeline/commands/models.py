@@ -167,8 +167,9 @@ def evaluate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare samples with a shard set: FID and other figures, with 95 % intervals. Several processes can share the work.
+    """Compare samples with a shard set: FID and other figures.
 
+    Each figure has a 95 % interval. Several processes can share the work.
     Features of each shard are computed once and stored; the same command again computes only missing features.
     """
     from pipeline import evaluate as job

@@ -20,7 +20,9 @@ def report(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Write one HTML page about a run: curves, previews, samples, figures, data, restarts, configuration.
+    """Write one HTML page about a run.
+
+    It shows curves, previews, samples, figures, data, restarts and the configuration.
 
     You can send the page as it is: it needs no other file and no network. It shows paths and host names of the run.
     """
@@ -30,4 +32,6 @@ def report(
     if as_json:
         messages.result(json.dumps(result))
     elif not quiet:
-        messages.summary(f"{result['out']}: {result['bytes'] / 1e6:.1f} MB, open it in a browser")
+        messages.summary(
+            f"{'replaced ' * result['replaced']}{result['out']}: {result['bytes'] / 1e6:.1f} MB, open it in a browser"
+        )

@@ -58,7 +58,10 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a configuration needs: GPU memory, time, possible numbers of processes, disk space."""
+    """Show what a configuration needs before it runs.
+
+    That is GPU memory, time, possible numbers of processes and disk space.
+    """
     memory_bytes = arguments.memory(memory) if memory else None
     from pipeline import plan as job
 
@@ -72,7 +75,10 @@ def plan(
 def doctor(
     run: Annotated[str | None, path("RUN", "Also show the state of this run.")] = None, as_json: AsJson = False
 ) -> None:
-    """Show what this machine has, how a run would work here, and what is missing. Exit code 3: no run is possible."""
+    """Show what this machine has and what a run here lacks.
+
+    Also shows how a run would work here. Exit code 3: no run is possible.
+    """
     from pipeline import doctor as job
 
     report = job.examine(run)

@@ -20,7 +20,7 @@ def init(
     ] = ".",
     quiet: Quiet = False,
 ) -> None:
-    """Copy the configurations and launch scripts of this installation into a directory. Existing files are kept."""
+    """Copy configurations and launch scripts into a directory. Existing files are kept."""
     from pipeline import init as job
 
     result = job.init(out)
@@ -39,7 +39,10 @@ def show(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what PATH is (run, checkpoint, set, model, images), its progress, and the command to use next."""
+    """Show what PATH is, its progress, and the command to use next.
+
+    PATH is a run, checkpoint, set, model or a directory of images.
+    """
     from pipeline import show as job
 
     shown = job.show(source, preview)
@@ -53,7 +56,10 @@ def runs(
     ] = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """List the runs in a directory: state, step, loss, last checkpoint, time since the last line of the log."""
+    """List the runs in a directory.
+
+    State, step, loss, last checkpoint, and time since the last line of the log.
+    """
     from pipeline import runs as job
 
     found = job.runs(directory)

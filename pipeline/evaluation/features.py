@@ -170,8 +170,8 @@ def _inception() -> tuple[str, bytes]:
         data = files.read_bytes(path if is_cached else _INCEPTION_URL)
     except (OSError, DataError, ConfigError) as error:
         raise ConfigError(
-            f"--features inception: {_INCEPTION_URL} cannot be downloaded ({error_text(error)}): fetch it on another "
-            f"machine (sha256 {INCEPTION_SHA256}) and copy it to {path}, or name the file with --features"
+            f"--features inception: cannot download {_INCEPTION_URL} ({_cause(error)}). Download it elsewhere and copy "
+            f"it to {path} (sha256 {INCEPTION_SHA256})"
         ) from error
     if (sha256 := hashlib.sha256(data).hexdigest()) != INCEPTION_SHA256:
         where = path if is_cached else _INCEPTION_URL
@@ -179,6 +179,14 @@ def _inception() -> tuple[str, bytes]:
     if not is_cached:
         files.write_bytes(path, data)
     return path, data
+
+
+def _cause(error: BaseException) -> str:
+    """Why the standard file cannot be fetched: fsspec tells the URL again, and the reason in the error before."""
+    while _INCEPTION_URL in str(error) and error.__cause__:
+        error = error.__cause__
+    absent = "no such file" if isinstance(error, FileNotFoundError) else None
+    return getattr(error, "strerror", None) or absent or error_text(error)
 
 
 class _Block(nn.Module):

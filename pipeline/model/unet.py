@@ -289,14 +289,12 @@ def sinusoids(
 def _check_section(section: ModelSection, widths: list[int]) -> None:
     if section.base_channels % 2 or section.base_channels < 4:
         raise ConfigError(f"model.base_channels: {section.base_channels} must be an even number of at least 4")
-    for width in widths:
-        if section.head_channels and width % section.head_channels:
+    common = math.gcd(*widths)
+    for key in ("head_channels", "num_heads"):
+        value = getattr(section, key) or 1
+        if width := next((width for width in widths if width % value), None):
+            largest = max(divisor for divisor in range(1, value) if common % divisor == 0)
             raise ConfigError(
-                f"model.head_channels: {section.head_channels} does not divide the {width} channels of a level:"
-                " use a divisor of model.base_channels"
-            )
-        if section.num_heads and width % section.num_heads:
-            raise ConfigError(
-                f"model.num_heads: {section.num_heads} does not divide the {width} channels of a level:"
-                " use a divisor of model.base_channels"
+                f"model.{key}: {value} does not divide the {width} channels of a level: set model.{key}={largest} (or "
+                f"another divisor of {common})"
             )

@@ -49,7 +49,7 @@ class Machine:
     visible_devices: str | None  # CUDA_VISIBLE_DEVICES
     cores: int  # that this process may use
     cpu_bf16: bool
-    shm_bytes: int | None  # size of /dev/shm, through which loader processes pass batches
+    shared_memory_bytes: int | None  # size of /dev/shm, through which loader processes pass batches
     free_bytes: int  # on the file system of the working directory
     open_files: int  # limit for a process
     tools: dict[str, bool]
@@ -74,7 +74,7 @@ def inspect_machine() -> Machine:
         visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         cores=len(os.sched_getaffinity(0)),
         cpu_bf16=cpu_has_bf16(),
-        shm_bytes=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,  # noqa: S108
+        shared_memory_bytes=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,  # noqa: S108
         free_bytes=shutil.disk_usage(".").free,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         tools=tools,

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline import config_file, path_kind
 from pipeline.checkpoints.checkpoint import committed_step
-from pipeline.checkpoints.run_dir import RunDir
+from pipeline.checkpoints.run_dir import RunDir, advice_for_missing
 from pipeline.cluster import failure, lease, starts
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError
@@ -87,7 +87,7 @@ def read(path: str) -> RunFacts:
     """
     run = RunDir(path)
     if not files.is_dir(path):
-        raise ConfigError(f"{path}: no such directory: give the run.dir of a run")
+        raise ConfigError(f"{path}: no such run: {advice_for_missing(path)}")
     if not files.exists(run.config):
         raise ConfigError(f"{path_kind.not_a_run(path)}: give the run.dir of a run")
     try:

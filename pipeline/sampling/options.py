@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline import messages
+from pipeline import config_file, messages
 from pipeline.config import Config, SamplingOptions
 from pipeline.data.images import video
 from pipeline.data.shards.sample_set import Format
@@ -177,6 +177,7 @@ def merge(config: Config, given: dict[str, Any], begun: dict[str, Any], *, quiet
     A begun set is continued with its own options, whatever the defaults are now. A sampler given by name starts from
     its own steps and spacing. Steps given alone select the best sampler for this number of steps.
     """
+    given = _validated(given).model_dump(include=set(given))
     values, steps = config.sample.model_dump(), given.get("steps")
     if "sampler" in begun:
         recorded = {key: begun.get(key) for key in ("sampler", *SAMPLER_KEYS)}
@@ -199,8 +200,12 @@ def _validated(values: dict[str, Any]) -> SamplingOptions:
     try:
         return SamplingOptions.model_validate(values)
     except ValidationError as error:
-        problems = {str(problem["loc"][0]): problem["msg"] for problem in error.errors()}
-        lines = [f"--{key.replace('_', '-')} {values[key]}: {message}" for key, message in problems.items()]
+        lines = [
+            f"--{key.replace('_', '-')} {values[key]}: {config_file.in_words(problems)}"
+            if key in SamplingOptions.model_fields
+            else f"--{key}: unknown option; {config_file.did_you_mean(key, SamplingOptions.model_fields)}"
+            for (key,), problems in config_file.problems_of(error, 1).items()
+        ]
         raise ConfigError("\n".join(lines)) from None
 
 

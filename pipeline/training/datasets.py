@@ -73,13 +73,14 @@ def check_fit(shards: ShardSet, section: DataSection) -> None:
     size, problems = section.height_width, []
     if size != shards.size:
         found = "x".join(map(str, shards.size))
+        value = shards.size[0] if len(set(shards.size)) == 1 else found
         problems.append(
-            f"data.size is {size[0]}x{size[1]}, but {shards.url} holds {found}: set data.size to that, or shard again"
+            f"data.size is {size[0]}x{size[1]}, but {shards.url} holds {found}: set data.size={value}, or shard again"
         )
     if section.channels != shards.channels:
         problems.append(
             f"data.channels is {section.channels}, but {shards.url} has {shards.channels}: "
-            "set it to that, or shard again"
+            f"set data.channels={shards.channels}, or shard again"
         )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -168,8 +169,9 @@ def _classes_of_run(shards: ShardSet, num_classes: int, stored: Any, warn: Write
     of_set, of_run = shards.classes or (), class_names.parse(stored, num_classes)
     if of_run is None and len(of_set) != num_classes:
         raise ConfigError(
-            f"model.num_classes is {num_classes}, but {shards.url} has {len(of_set) or 'no'} classes: set it to "
-            + ("that, or to " * bool(of_set) + "0 for an unconditional model")
+            f"model.num_classes is {num_classes}, but {shards.url} has {len(of_set) or 'no'} classes: set "
+            + f"model.num_classes={len(of_set)}, or " * bool(of_set)
+            + "model.num_classes=0 for an unconditional model"
             + ", or make the set with --labels" * (not of_set)
         )
     if of_run and (class_names.are_numbers(of_set) or not class_names.match_by_number(of_set, of_run)):

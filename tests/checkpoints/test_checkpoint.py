@@ -356,7 +356,7 @@ def test_steps_are_ordered_as_numbers_and_other_names_ignored(run: str) -> None:
 
 
 def test_a_missing_source_and_a_run_without_checkpoint_are_different_errors(run: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such run or checkpoint"):
+    with pytest.raises(ConfigError, match=r"checkpoint: train it first \(.* run\.dir=.*\), or see `ddpm runs DIR`"):
         find_checkpoint(str(tmp_path / "nowhere"))
     with pytest.raises(NoCheckpoint, match="holds no checkpoint yet: train first"):
         find_checkpoint(str(tmp_path))

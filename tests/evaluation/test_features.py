@@ -210,7 +210,12 @@ def test_inception_is_fetched_once_and_only_the_standard_file_is_taken(tmp_path,
     script(served, Means())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(features, "_INCEPTION_URL", str(tmp_path / "nowhere.pt"))
-    with pytest.raises(ConfigError, match=rf"fetch it on another machine \(sha256 f58cb9b6.*copy it to {cache}"):
+    with pytest.raises(ConfigError, match=rf"elsewhere and copy it to {cache} \(sha256 f58cb9b6"):
+        features.load("inception", CPU, (16, 16))
+    monkeypatch.setattr(features, "_INCEPTION_URL", "http://127.0.0.1:9/inception.pt")  # no server is at this port
+    with pytest.raises(
+        ConfigError, match=r"cannot download http://127.0.0.1:9/inception.pt \(Connect call failed [^:]*\)\. "
+    ):
         features.load("inception", CPU, (16, 16))
     monkeypatch.setattr(features, "_INCEPTION_URL", str(served))
     with pytest.raises(DataError, match=r"has the sha256 .*, not f58cb9b6"):

@@ -286,7 +286,9 @@ def test_a_size_that_cannot_be_halved_is_refused_with_the_nearest_that_can():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_channels": 12}, "model.head_channels: 12 does not divide the 32 channels of a level"),
+        ({"head_channels": 12}, r"12 does not divide the 32 channels of a level: set model.head_channels=8 \(or "),
+        ({"head_channels": 64}, r"channels of a level: set model.head_channels=32 \(or another divisor of 32\)"),
+        ({"num_heads": 3}, r"model.num_heads: 3 does not divide .*: set model.num_heads=2 \(or"),
         ({"base_channels": 7}, "model.base_channels: 7 must be an even number of at least 4"),
     ],
 )

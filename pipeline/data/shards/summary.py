@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from shlex import quote
 from typing import Any
 
+from pipeline.units import all_of
+
 _CLASSES_IN_TABLE = 20
 _LISTED = 10
 _BAR = 40
@@ -94,7 +96,7 @@ class Summary:
 
     def _head(self) -> str:
         if not self.shards_made and self.shards_there == self.shards:
-            return f"{self.out}: all {self.shards} shards are there, nothing to do"
+            return f"{self.out}: {all_of(self.shards, 'shard')} there, nothing to do"
         speed = f"{self.seconds:.1f} s, {self.images_per_s:.0f} images/s"
         head = f"{self.out}: {self.shards_made} of {self.shards} shards {self.how} in {speed}"
         if self.shards_there < self.shards:
