@@ -66,18 +66,15 @@ def is_dir(url: str) -> bool:
     """Whether `url` is a directory, or on an object store the prefix of a file."""
     if not is_remote(url):
         return local(url).is_dir()
-    info = _info(url)
-    return info is not None and info["type"] == "directory"
+    return (_info(url) or {}).get("type") == "directory"
 
 
 def listdir(url: str) -> list[str]:
     """Sorted names directly under `url`; none if it does not exist."""
     if not is_remote(url):
         return sorted(os.listdir(local(url))) if local(url).is_dir() else []
-    if not is_dir(url):
-        return []
     with suppress(FileNotFoundError):
-        return sorted(remote.attempt(url, _entries))
+        return sorted(remote.attempt(url, _entries)) if is_dir(url) else []
     return []
 
 
@@ -92,8 +89,7 @@ def sizes(url: str) -> dict[str, int]:
         if is_remote(url):
             listed = remote.attempt(url, _entries)
             return {name: info["size"] or 0 for name, info in listed.items() if info["type"] == "file"}
-        paths = [local(url) / name for name in os.listdir(local(url))]
-        return {path.name: path.stat().st_size for path in paths if path.is_file()}
+        return {path.name: path.stat().st_size for path in local(url).iterdir() if path.is_file()}
     return {}
 
 
@@ -244,8 +240,9 @@ def _writing(url: str, finish: Callable[[Path, Path], object], durable: bool) ->
                 if durable:
                     local_disk.sync(file.fileno())
             finish(temporary, final)
-        finally:
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
         if durable:
             sync_dir(str(final.parent))
 
@@ -315,21 +312,23 @@ def _create(fs: fsspec.AbstractFileSystem, path: str, *, data: bytes) -> None:
 
 
 def _link(temporary: Path, final: Path) -> bool:
-    """Give a file its final name, unless another file has it."""
+    """Give a file its final name, unless another file has it; its temporary name is gone in both cases."""
     try:
         os.link(temporary, final)
+        return True
     except FileExistsError:
         return temporary.stat().st_nlink == 2  # NFS may have repeated the request after it had succeeded
     except OSError as error:
         if error.errno in _REFUSED:
             raise
         # This file system has no hard links; each reports that with another error.
-        try:
+        with suppress(FileExistsError):
             os.close(os.open(final, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        os.replace(temporary, final)
-    return True
+            os.replace(temporary, final)
+            return True
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _temporary_name(final: Path) -> Path:
