@@ -126,7 +126,7 @@ def test_an_error_that_a_restart_cannot_heal_is_not_requeued(cluster: Cluster, d
 def test_a_wrong_key_ends_before_anything_is_started(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     job = submit(cluster, digits, tmp_path / "run", "train.stepps=3")
     assert job.end() == "FAILED" and job["ExitCode"] == "2:0"
-    assert "train.stepps: unknown key; did you mean steps?" in job.text() and "Traceback" not in job.text()
+    assert "train.stepps: unknown key; did you mean train.steps?" in job.text() and "Traceback" not in job.text()
 
 
 def test_three_starts_without_progress_are_enough(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
