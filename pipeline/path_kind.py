@@ -24,6 +24,7 @@ SAMPLE_RECORD = re.compile(r"shard_(\d{6,})\.json")
 SHARD_RECORD = re.compile(r"(.+[-_]\d{6,})\.json")
 """Of a shard set or of a sample set."""
 
+_SAMPLES = re.compile(r"shard_\d{6,}\.")
 _WEIGHTS = re.compile(r"(?i).+\.(pt|pth|ckpt|bin)")
 _NO_RUNS = re.compile(r"\..*|.*\.(tar|zip|json|jsonl|png|yaml|safetensors|log|out)|checkpoints|tensorboard|previews")
 _DEPTH, _MOST_DIRECTORIES = 3, 50
@@ -173,9 +174,10 @@ def _of_directory(path: str, names: list[str]) -> Iterator[Kind]:
         yield Kind.CHECKPOINT
     if is_run(path):
         yield Kind.RUN
-    if any(map(SAMPLE_RECORD.fullmatch, names)):
+    is_begun = "set.json" in names  # and perhaps without a record yet
+    if any(map(SAMPLE_RECORD.fullmatch, names)) or (is_begun and any(map(_SAMPLES.match, names))):
         yield Kind.SAMPLE_SET
-    if "index.json" in names or _has_records(names):
+    if "index.json" in names or is_begun or _has_records(names):
         yield Kind.SHARD_SET
     if _is_diffusers(path, names):
         yield Kind.DIFFUSERS

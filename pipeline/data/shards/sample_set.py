@@ -34,6 +34,7 @@ _MAX_ASKED = 10_000  # characters: each record repeats them
 _SHOWN_RANGES = 50
 _SAMPLES = re.compile(r".+\.(png|npz)|shard_\d{6,}\.(tar|npy)")
 _UNCOMMITTED = re.compile(r"shard_\d{6,}\.(tar|npy|npz)")
+_BEGUN = re.compile(rf"{_UNCOMMITTED.pattern}|{re.escape(set_identity.FILE)}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class SampleSet:
         read = record_files.together(partial(_read, self.url), numbers)
         records = {i: record for i, record in zip(numbers, read) if record}
         if not records:
-            shard_set.refuse_foreign(self.url, _UNCOMMITTED)
+            begun = set_identity.read(self.url) or {}
+            if "provenance" in begun:  # the process that began the set was killed before its first record
+                self._compare(begun)
+            shard_set.refuse_foreign(self.url, _BEGUN if "provenance" in begun else _UNCOMMITTED)
         for record in records.values():
             self._compare(record)
         return {i: _ranges(record) for i, record in records.items()}

@@ -414,6 +414,16 @@ def test_what_a_killed_job_leaves_before_its_first_record_is_ours(tmp_path: Path
     sample_set(str(tmp_path)).check()
 
 
+def test_a_set_that_was_begun_and_has_no_record_yet_is_ours_with_the_same_settings(url: str) -> None:
+    draw(sample_set(url), "0-5")
+    for name in files.listdir(url):
+        if name != "set.json":
+            files.remove(files.join(url, name))
+    sample_set(url).check()
+    with pytest.raises(ConfigError, match="holds samples drawn differently"):
+        sample_set(url, steps=99).check()
+
+
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(ConfigError, match="is a file: give --out a directory"):
