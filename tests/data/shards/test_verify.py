@@ -226,4 +226,4 @@ def test_a_set_without_an_index_is_one_finding(tmp_path: Path) -> None:
     write_set(tmp_path)
     (tmp_path / "index.json").unlink()
     (finding,) = verify(str(tmp_path))
-    assert "has no index.json" in finding
+    assert "is an unfinished shard set (no index.json)" in finding
