@@ -330,7 +330,7 @@ def test_ddp_finds_every_parameter_in_use(tmp_path):
         model = with_policy("full", num_classes=2, dropout=0.1)
         wrapped = DistributedDataParallel(model)
         # To free it right after a backward pass can hang (seen with torch 2.13.0): the main thread waits for one of
-        # gloo's threads with the GIL held, and that thread needs the GIL to free what the hooks of recomputation have saved.
+        # gloo's threads with the GIL held, and that thread needs the GIL to free what recomputation has saved.
         KEPT.append(wrapped)
         for _ in range(2):  # an unused parameter fails in the second round
             wrapped(*inputs(model)).mean().backward()
