@@ -41,7 +41,7 @@ def test_a_shard_costs_three_writes_and_two_reads_and_a_finished_set_none(
     requests: Callable[[], Counter[str]],
 ) -> None:
     costs: dict[str, list[Counter[str]]] = {"write": [], "again": [], "open": []}
-    for samples, shards in ((200, 9), (60, 30)):
+    for samples, shards in ((400, 5), (120, 15)):
         requests()
         url = shard(samples)
         costs["write"].append(requests())
@@ -50,18 +50,18 @@ def test_a_shard_costs_three_writes_and_two_reads_and_a_finished_set_none(
         assert len(ShardSet.open(url).shards) == shards
         costs["open"].append(requests())
     few, many = costs["write"]
-    assert sum(many[method] - few[method] for method in WRITES) <= 3 * (30 - 9), costs
-    assert sum(many[method] - few[method] for method in READS) <= 2 * (30 - 9), costs
+    assert sum(many[method] - few[method] for method in WRITES) <= 3 * (15 - 5), costs
+    assert sum(many[method] - few[method] for method in READS) <= 2 * (15 - 5), costs
     assert costs["again"][0] == costs["again"][1] and sum(costs["again"][0].values()) <= 25, costs
     assert costs["open"][0] == costs["open"][1] and sum(costs["open"][0].values()) <= 3, costs
 
 
 def test_a_part_reads_the_records_of_its_own_shards_only(requests: Callable[[], Counter[str]]) -> None:
-    shard(40, "--part", "0/2")  # 22 shards
+    shard(100, "--part", "0/2")  # 9 shards
     requests()
-    shard(40, "--part", "0/2")
+    shard(100, "--part", "0/2")
     again = requests()
-    assert again["GET"] < 22 + 15, again
-    shard(40, "--part", "1/2")
+    assert again["GET"] < 9 + 15, again
+    shard(100, "--part", "1/2")
     second = requests()
-    assert second["PUT"] == 3 * 23 + 2, second
+    assert second["PUT"] == 3 * 9 + 2, second
