@@ -1,7 +1,7 @@
 """Building a shard set of images: the shards to make, which of them exist, and the index at the end.
 
 Shard i holds the inputs [iS, (i+1)S) of the sorted list, whichever job makes it and whenever, so any number of workers
-and of interruptions gives the same bytes. `set.json` says what the whole set is made of before the first shard is made;
+and of interruptions gives the same bytes. `set.json` says what the whole set is made of before the first shard exists;
 each record repeats it, so that shards of several directories can be joined. A shard costs three writes, and at most two
 reads; the directory is listed at the start and at the end of a job only.
 """
@@ -128,12 +128,12 @@ class ShardSetBuilder:
             for stem, record in self._records.items()
             if record_files.are_listed(stem, sizes) and sizes[record.name] == record.bytes and record.extra
         }
-        wanted = self._there if is_complete else self.own
-        unread = [task.stem for task in wanted if task.stem not in self._records]
+        wanted = {task.stem for task in (self._there if is_complete else self.own)}
+        unread = sorted(wanted - self._records.keys())
         for stem, record in record_files.read(self._out, unread, sizes).items():
             self._compare(record.extra)
             self._records[stem] = _without_identity(record)
-        self._there = [task for task in self._there if task.stem in self._records or task not in wanted]
+        self._there = [task for task in self._there if task.stem in self._records or task.stem not in wanted]
 
     def _read_index(self, sizes: Mapping[str, int]) -> dict[str, Any] | None:
         """The totals of a finished set, whose records are those of its index; None if it is not finished."""

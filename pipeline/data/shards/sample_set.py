@@ -184,10 +184,12 @@ class SampleSet:
 
         Of several jobs on one set each may write it: they write the same bytes.
         """
-        numbers = self.numbers(seeds)
-        for i, committed in zip(numbers, record_files.together(self.committed, numbers)):
-            if not committed.issuperset(self.seeds_in(i, seeds)):
-                return False
+
+        def is_complete(i: int) -> bool:
+            return self.committed(i).issuperset(self.seeds_in(i, seeds))
+
+        if not all(record_files.together(is_complete, self.numbers(seeds))):
+            return False
         if self.format == "tar":
             records = record_files.read(self.url, map(stem, recorded(self.url)), files.sizes(self.url)).values()
             shard_set.write_index(

@@ -71,24 +71,25 @@ def verify(url: str, check_shards: Check = in_turn) -> list[str]:
     except (DataError, OSError) as error:
         return [str(error)]
     shards.report_tar_locations()
-    findings = [*_verify_names(shards), *_verify_index(shards)]
+    names = files.listdir(url)
+    findings = [*_verify_names(shards, names), *_verify_index(shards, names)]
     for of_shard in check_shards(shards):
         findings += of_shard
     return [printable(line) for line in (*findings, *_verify_sums(shards))]
 
 
-def _verify_names(shards: ShardSet) -> Iterator[str]:
+def _verify_names(shards: ShardSet, names: list[str]) -> Iterator[str]:
     """Shards that the index lists twice, and shard files that it does not list."""
     known = {record.stem for record in shards.shards}
     if len(known) < len(shards.shards) or len({record.name for record in shards.shards}) < len(shards.shards):
         yield f"{INDEX}: a shard is listed twice"
     known |= {record.name.removesuffix(".tar") for record in shards.shards}
-    for name in files.listdir(shards.url):
+    for name in names:
         if _SHARD_FILE.fullmatch(name) and name.rsplit(".", 1)[0] not in known:
             yield f"{name}: not in the index (renamed, or left by another job)"
 
 
-def _verify_index(shards: ShardSet) -> Iterator[str]:
+def _verify_index(shards: ShardSet, names: list[str]) -> Iterator[str]:
     """Values that the index has in two places."""
     settings, source = shards.settings, shards.source
     if shards.settings_sha256 != settings_sha256(settings):
@@ -96,7 +97,7 @@ def _verify_index(shards: ShardSet) -> Iterator[str]:
     for name, value in {"size": list(shards.size), "channels": shards.channels}.items():
         if settings.get(name) not in (None, value):
             yield f"{INDEX}: `{name}` is {value}, `settings` has {settings[name]}"
-    if set_identity.FILE in files.listdir(shards.url) and not _is_of(set_identity.read(shards.url), shards):
+    if set_identity.FILE in names and not _is_of(set_identity.read(shards.url), shards):
         yield f"{set_identity.FILE}: damaged, or of another set than {INDEX}"
     if "checkpoint_sha256" in settings and source != f"checkpoint {settings['checkpoint_sha256']}":
         yield f"{INDEX}: `source` is not the checkpoint of `settings`"
