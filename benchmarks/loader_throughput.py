@@ -42,7 +42,8 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.data.images.preprocess import decode, encode
 from pipeline.data.loading.batches import Batches
 from pipeline.data.loading.order import Order
-from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, write_index, write_shard
+from pipeline.data.shards.index_file import write_index
+from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, write_shard
 
 BATCH, LANES, WINDOW = 128, 64, 256
 WARM, MEASURED = 12, 40

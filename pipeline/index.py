@@ -14,10 +14,12 @@ from typing import Any
 
 from pipeline.cluster.interrupt import Interrupt
 from pipeline.data.shards import index_tars, joined_labels, record_files
+from pipeline.data.shards.index_file import INDEX
 from pipeline.data.shards.index_tars import Indexer, Tar
 from pipeline.data.shards.join import collect, is_part, publish, reference, refuse_too_many_bad
+from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.settings import IndexSettings
-from pipeline.data.shards.shard_set import INDEX, REJECTED, ShardRecord, ShardSet, read_record
+from pipeline.data.shards.shard_set import REJECTED, ShardSet, read_record
 from pipeline.data.shards.summary import Summary, train_command
 from pipeline.data.sources import globs
 from pipeline.data.sources.source_file import SourceFile

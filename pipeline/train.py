@@ -76,7 +76,7 @@ def train(config: Config, *, overrides: Collection[str] = (), quiet: bool = Fals
         stack.push(lambda kind, *_: ranks.shutdown() if kind in (None, Stopped) else None)
 
         # The run: new, to be resumed, or finished. One job at a time holds it.
-        sets = open_sets(config, ranks.on_rank0)
+        sets = open_sets(config, ranks)
         info, warn = (write if ranks.is_main else messages.discard for write in (messages.info, messages.warning))
         lease = Lease(config.run.dir, info)
         point, schedule = ranks.on_rank0(
@@ -132,7 +132,7 @@ def forecast(config: Config, *, overrides: Collection[str] = ()) -> Forecast | N
     with ExitStack() as stack:
         ranks = world.init_distributed(config.train.device, config.run.timeout)
         stack.push(lambda kind, *_: ranks.shutdown() if kind is None else None)
-        sets = open_sets(config, ranks.on_rank0)
+        sets = open_sets(config, ranks)
         info, warn = (write if ranks.is_main else messages.discard for write in (messages.info, messages.warning))
         point, _ = ranks.on_rank0(lambda: resume.open_run(config, sets, overrides, ranks, stack, None, info, warn))
         measured = None

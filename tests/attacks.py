@@ -29,7 +29,8 @@ import zstandard
 
 from pipeline.data.images.preprocess import Rejected, encode
 from pipeline.data.shards import sample_set, verify
-from pipeline.data.shards.shard_set import SIDECAR, Sample, ShardSet, pack, write_index, write_shard
+from pipeline.data.shards.index_file import write_index
+from pipeline.data.shards.shard_set import SIDECAR, Sample, ShardSet, pack, write_shard
 from pipeline.data.sources.listing import Reader, list_inputs
 from pipeline.errors import ConfigError, DataError
 

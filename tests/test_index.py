@@ -89,7 +89,8 @@ def test_a_webdataset_of_others_is_read_where_it_lies(tmp_path: Path) -> None:
     metadata = {f"index-{i:06d}.{ending}" for i in range(2) for ending in ("npy", "json")}
     assert set(os.listdir(tmp_path / "set")) == {"index.json", "rejected.jsonl"} | metadata
     shards = ShardSet.open(str(tmp_path / "set"))
-    assert (shards.size, shards.channels, shards.classes, shards.shard_samples) == ((8, 8), 3, ("0", "1", "2"), (5, 5))
+    assert (shards.size, shards.channels, shards.classes) == ((8, 8), 3, ("0", "1", "2"))
+    assert tuple(shards.shard_samples) == (5, 5)
     assert shards.counts["classes"] == {"0": 4, "1": 3, "2": 3}
     found = read_all(shards)
     plain = list(webdataset.WebDataset(urls, shardshuffle=False))

@@ -19,7 +19,7 @@ from pipeline.checkpoints.run_dir import RunDir
 from pipeline.cli import main
 from pipeline.cluster import starts
 from pipeline.config import Config
-from pipeline.data.shards import shard_set
+from pipeline.data.shards import index_file, shard_set
 from pipeline.errors import ConfigError
 from pipeline.report import ReportRequest, report
 from tests.browser import CHROMIUM, Browser
@@ -51,7 +51,7 @@ def shards(url: Path, classes: tuple[str, ...] | None, **settings: Any) -> Path:
         "rejected": {"truncated": 2, HOSTILE[0]: 1}, "sizes": {"512": 12}, "transforms": {"reduced": 12},
         "classes": dict.fromkeys(classes or (), 4),
     }  # fmt: skip
-    shard_set.write_index(
+    index_file.write_index(
         str(url), [record], size=(8, 8), channels=1, classes=classes, source={"urls": [HOSTILE[1]]}, settings=settings,
         counts=counts,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import messages
 from pipeline.cluster import launch_environment
 from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.storage.mapped_file import PIECE_BYTES, FileReference
 
 T = TypeVar("T")
 
@@ -129,6 +131,34 @@ class World:
                 staged = tensor.to(self.device).contiguous()  # NCCL refuses channels-last tensors
                 dist.broadcast(staged, src=0)
                 tensor.copy_(staged)
+
+    def copy_to_nodes(self, file: FileReference) -> None:
+        """Send a remote file from rank 0's node to all nodes that lack it, so that its store is read once.
+
+        A node that has no room for it goes without: its ranks read the store then, and report the error.
+        """
+        lacks = file.is_remote and not file.is_on_node()
+        if not self.all_reduce_max(lacks)[0]:
+            return
+        received = self._pieces(file)
+        if lacks and launch_environment.count("LOCAL_RANK", 0) == 0:
+            with suppress(PipelineError):
+                file.store(received)
+        for _ in received:  # a collective: all ranks take part in it to its end
+            pass
+        self.all_reduce_max(False)  # the file is there before another rank of its node looks for it
+
+    def _pieces(self, file: FileReference) -> Iterator[bytes]:
+        """The bytes of a file that rank 0 reads, a few MiB at a time."""
+        sent = file.pieces() if self.is_main else None
+        left = file.size
+        while left:
+            data = torch.empty(min(left, PIECE_BYTES), dtype=torch.uint8)
+            if sent:
+                data = torch.frombuffer(bytearray(next(sent)), dtype=torch.uint8)
+            self.broadcast_([data])
+            left -= len(data)
+            yield data.numpy().tobytes()
 
     def shutdown(self) -> None:
         """Leave the process group together with the other ranks, so that none of them loses contact."""

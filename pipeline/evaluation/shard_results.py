@@ -69,8 +69,8 @@ class ShardResults:
             ConfigError: the network does not accept the images.
             DataError: an image is missing or damaged, a result is not finite, or there is no space left.
         """
-        first = sum(self.shards.shard_samples[:i])
-        end = first + self.shards.shard_samples[i]
+        end = int(self.shards.shards.ends[i])
+        first = end - self.shards.shards[i].samples
         parts: list[Arrays] = []
         for start in range(first, end, self.batch):
             numbers = range(start, min(start + self.batch, end))

@@ -59,7 +59,7 @@ def read(url: str) -> DataFacts:
         of_classes = _counts(counts, "classes")
         classes = {name: of_classes.get(name, 0) for name in shards.classes}
     return DataFacts(
-        url=url, images=shards.samples, bytes=sum(record.bytes for record in shards.shards),
+        url=url, images=shards.samples, bytes=int(shards.shards.bytes.sum()),
         shape=f"{width}x{height} px, {shards.channels} channel{'s' * (shards.channels > 1)}",
         source=_source(shards.source), sha256=shards.sha256, classes=classes, sizes=_counts(counts, "sizes"),
         transforms=_counts(counts, "transforms"), rejected=_counts(counts, "rejected"), examples=_examples(url),

@@ -34,6 +34,7 @@ _LONGEST_PAUSE_S = 8.0
 _BLOCK = 1 << 16, 1 << 22  # bytes of a request: the first after a seek, and the largest
 _AHEAD = 1 << 20  # from this length on a block is requested while the one before is consumed
 _BUFFER = 1 << 16
+_SLOWEST = 1 << 20  # bytes a second: a file that comes more slowly is asked for again
 _THREADS = 16
 _WEB = ("http", "https")
 _CHAIN = re.compile(r"::[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -155,9 +156,14 @@ def described(listed: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return listed
 
 
-def _limit(fs: fsspec.AbstractFileSystem) -> dict[str, float]:
+def _limit(fs: fsspec.AbstractFileSystem, size: int = 0) -> dict[str, float]:
     """A timeout for one try: without it aiohttp waits minutes for a store that accepts a request and never answers."""
-    return {"timeout": _timeout_s()} if fs.async_impl else {}
+    return {"timeout": _timeout_s() + size / _SLOWEST} if fs.async_impl else {}
+
+
+def whole(url: str, size: int) -> bytes:
+    """A file of this size, by one request. Raises the same as `attempt`."""
+    return attempt(url, lambda fs, path: cast(bytes, fs.cat_file(path, **_limit(fs, size))))
 
 
 def stream(url: str, size: int) -> BinaryIO:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import messages
+from pipeline.cluster.world import World
 from pipeline.config import Config, DataSection
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.data.sources.labels import class_names
@@ -43,12 +44,12 @@ class RenumberedSet(ShardSet):
         return rows
 
 
-def open_sets(config: Config, on_rank0: Callable[[Callable[[], ShardSet]], ShardSet]) -> list[ShardSet]:
+def open_sets(config: Config, world: World) -> list[ShardSet]:
     """Open the training data and, if the run validates, the validation data.
 
     Args:
         config: the whole run.
-        on_rank0: calls a function on one rank for all: to open a set may check thousands of tars.
+        world: its rank 0 reads the indexes for all ranks.
 
     Raises:
         ConfigError: no training data, or images of another size or number of channels.
@@ -56,10 +57,13 @@ def open_sets(config: Config, on_rank0: Callable[[Callable[[], ShardSet]], Shard
     """
     if not config.data.shards:
         raise ConfigError("data.shards is not set: set it to a directory that `ddpm shard --out` wrote")
-    sets = [on_rank0(partial(ShardSet.open, config.data.shards))]
+    urls = [config.data.shards]
     if config.data.val_shards and config.run.val_every:
-        sets.append(on_rank0(partial(ShardSet.open, config.data.val_shards)))
+        urls.append(config.data.val_shards)
+    sets = [world.on_rank0(partial(ShardSet.open, url)) for url in urls]
     for shards in sets:
+        if shards.shards.file:
+            world.copy_to_nodes(shards.shards.file)
         check_fit(shards, config.data)
     return sets
 

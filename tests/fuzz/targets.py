@@ -23,9 +23,10 @@ from pipeline import untrusted
 from pipeline.data.images.preprocess import Rejected, preprocess_image
 from pipeline.data.shards import sample_set
 from pipeline.data.shards.index_tars import scan
+from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.sample_check import SampleChecker
 from pipeline.data.shards.settings import IndexSettings
-from pipeline.data.shards.shard_set import SIDECAR, ShardRecord, ShardSet
+from pipeline.data.shards.shard_set import SIDECAR, ShardSet
 from pipeline.data.sources.cifar import Cifar
 from pipeline.data.sources.inputs import Inputs
 from pipeline.data.sources.labels.numbering import unlabeled

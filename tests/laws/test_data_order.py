@@ -21,7 +21,8 @@ import pytest
 from pipeline.data.images.preprocess import encode
 from pipeline.data.loading.batches import Batches
 from pipeline.data.loading.order import Order
-from pipeline.data.shards.shard_set import Sample, ShardSet, pack, write_index, write_shard
+from pipeline.data.shards.index_file import write_index
+from pipeline.data.shards.shard_set import Sample, ShardSet, pack, write_shard
 from pipeline.errors import DataError
 from tests.remote.website import Website
 

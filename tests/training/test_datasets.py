@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.cluster.world import World
 from pipeline.config import Config, DataSection
 from pipeline.data.images.preprocess import encode
 from pipeline.data.loading.batches import Batches, read_all
 from pipeline.data.loading.order import Order
-from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, write_index, write_shard
+from pipeline.data.shards.index_file import write_index
+from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, write_shard
 from pipeline.errors import ConfigError, DataError
 from pipeline.sampling.generator import load
 from pipeline.train import train
@@ -148,7 +152,8 @@ def test_the_validation_set_is_opened_only_where_it_is_used(tmp_path: Path) -> N
     data = {"shards": train, "val_shards": val, "size": 4, "channels": 1}
     for val_every, expected in ((1, [train, val]), (0, [train])):
         config = Config.model_validate({"data": data, "model": {"channel_mults": [1]}, "run": {"val_every": val_every}})
-        assert [shards.url for shards in open_sets(config, lambda question: question())] == expected
+        one_rank = cast(World, SimpleNamespace(on_rank0=lambda question: question()))
+        assert [shards.url for shards in open_sets(config, one_rank)] == expected
 
 
 def test_images_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -226,16 +226,16 @@ def read_range(shards: ShardSet, numbers: Sequence[int]) -> Batch:
     Raises:
         DataError: a sample is missing, damaged or undecodable.
     """
-    ends = np.cumsum(shards.shard_samples)
     with closing(_Reader(shards)) as reader:
-        encoded = ((i, place, *reader.read(place)) for i in numbers for place in [_place(ends, i)])
+        encoded = ((i, place, *reader.read(place)) for i in numbers for place in [_place(shards, i)])
         images = torch.empty((len(numbers), shards.channels, *shards.size), dtype=torch.uint8)
         chunk = _stacked(images.numpy(), _decode(shards, encoded))
     return Batch(images, torch.from_numpy(chunk.labels), torch.from_numpy(chunk.positions))
 
 
-def _place(ends: NDArray[np.int64], number: int) -> Place:
-    """The place of the sample with this number in the index; `ends` are the numbers at which the shards end."""
+def _place(shards: ShardSet, number: int) -> Place:
+    """The place of the sample with this number in the index."""
+    ends = shards.shards.ends
     shard = int(np.searchsorted(ends, number, side="right"))
     return Place(shard, number - int(ends[shard - 1] if shard else 0))
 

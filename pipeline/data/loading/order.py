@@ -9,7 +9,7 @@ forwards, and always holds fewer than B samples. Only `rank_lanes` depends on ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from pipeline.errors import ConfigError, DataError
 from pipeline.keyed_random import Use, seed_from, uniforms
 
-_DRAWN_TOGETHER = 1024  # shuffle keys are drawn so many at a time; no effect on the order
+_DRAWN_TOGETHER = 1024  # shuffle keys of a lane are drawn so many at a time; no effect on the order
+_DRAWN_AT_ONCE = 1 << 16
 
 
 class Place(NamedTuple):
@@ -51,7 +52,7 @@ class Order:
     """
 
     seed: int
-    shard_samples: tuple[int, ...]
+    shard_samples: Sequence[int]
     global_batch: int
     lanes: int
     window: int
@@ -70,7 +71,7 @@ class Order:
     @cached_property
     def samples(self) -> int:
         """N, the samples in an epoch."""
-        return sum(self.shard_samples)
+        return int(np.asarray(self.shard_samples, dtype=np.int64).sum())
 
     def lane_stream(self, lane: int, start: int) -> Iterator[Item]:
         """Yield a lane's samples from its `start`-th on, without end.
@@ -105,25 +106,24 @@ class Order:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Shards laid end to end: their numbers, first samples and ends, (S,) each."""
+    """Shards laid end to end: their numbers, and the numbers of samples at their ends, (S,) each."""
 
-    shards: NDArray[np.int64]
-    starts: NDArray[np.int64]
+    shards: NDArray[np.int32]
     ends: NDArray[np.int64]
 
     def places(self, index: NDArray[np.int64]) -> list[Place]:
         """The places of the samples with these indices in the layout."""
         slot = np.searchsorted(self.ends, index, side="right")  # passes over empty shards
-        return list(map(Place, self.shards[slot].tolist(), (index - self.starts[slot]).tolist()))
+        starts = np.where(slot > 0, self.ends[slot - 1], 0)
+        return list(map(Place, self.shards[slot].tolist(), (index - starts).tolist()))
 
 
 @lru_cache(maxsize=2)  # the lanes of a process begin an epoch together
-def _layout(seed: int, epoch: int, shard_samples: tuple[int, ...]) -> _Layout:
+def _layout(seed: int, epoch: int, shard_samples: Sequence[int]) -> _Layout:
     """The permuted shards of an epoch."""
-    shards = _argsort(_uniforms(seed_from(seed, epoch), Use.SHARD_ORDER, 0, len(shard_samples)))
-    samples = np.array(shard_samples, dtype=np.int64)[shards]
-    ends = np.cumsum(samples)
-    return _Layout(shards, ends - samples, ends)
+    keys = _uniforms(seed_from(seed, epoch), Use.SHARD_ORDER, 0, len(shard_samples))
+    shards = _argsort(keys).astype(np.int32)
+    return _Layout(shards, np.cumsum(np.asarray(shard_samples)[shards], dtype=np.int64))
 
 
 def shuffled(key: int, length: int, window: int, start: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -169,9 +169,11 @@ def _draw(key: int, start: int, end: int, window: int) -> tuple[NDArray[np.int64
 
 
 def _uniforms(key: int, use: Use, start: int, count: int) -> NDArray[np.float64]:
-    if count == 0:
-        return np.empty(0)
-    drawn: NDArray[np.float64] = uniforms(key, torch.arange(start, start + count), use).numpy()
+    """`count` numbers in [0, 1) from `start` on, drawn in pieces: a draw holds ten integers a number."""
+    drawn = np.empty(count)
+    for first in range(0, count, _DRAWN_AT_ONCE):
+        last = min(first + _DRAWN_AT_ONCE, count)
+        drawn[first:last] = uniforms(key, torch.arange(start + first, start + last), use).numpy()
     return drawn
 
 

@@ -19,18 +19,11 @@ from typing import Any
 from pipeline.data.images.dedupe import KnownImages
 from pipeline.data.shards import record_files, set_identity
 from pipeline.data.shards.image_task import NumberedInput, Outcome
+from pipeline.data.shards.index_file import INDEX, TABLE
 from pipeline.data.shards.join import Counts, publish, totals
+from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.settings import ShardSettings
-from pipeline.data.shards.shard_set import (
-    INDEX,
-    REJECTED,
-    Packed,
-    ShardRecord,
-    ShardSet,
-    key,
-    refuse_foreign,
-    write_shard,
-)
+from pipeline.data.shards.shard_set import REJECTED, Packed, ShardSet, key, refuse_foreign, write_shard
 from pipeline.data.sources import globs
 from pipeline.data.sources.listing import Listing
 from pipeline.errors import ConfigError, DataError
@@ -136,7 +129,7 @@ class ShardSetBuilder:
         self._there = [task for task in self._there if task.stem in self._records or task.stem not in wanted]
 
     def _read_index(self, sizes: Mapping[str, int]) -> dict[str, Any] | None:
-        """The totals of a finished set, whose records are those of its index; None if it is not finished."""
+        """The totals of a finished set; None if it is not finished."""
         if not {INDEX, REJECTED} <= sizes.keys():
             return None
         try:
@@ -148,7 +141,6 @@ class ShardSetBuilder:
         )
         if not fits or index.counts.keys() != totals([], None).keys():  # version 0.1 counted less
             return None
-        self._records = {record.stem: record for record in index.shards}
         return index.counts
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
@@ -233,7 +225,9 @@ class ShardSetBuilder:
 
     def _unfinished_files(self) -> dict[str, int]:
         """Sizes of this set's files that are being written, or were when their writer was killed."""
-        return files.unfinished(self._out, lambda name: name in _OF_SET or _SHARD_FILE.fullmatch(name))
+        return files.unfinished(
+            self._out, lambda name: name in _OF_SET or TABLE.fullmatch(name) or _SHARD_FILE.fullmatch(name)
+        )
 
     def _refuse_other_set(self) -> None:
         """Refuse a directory that holds anything but the beginning of this set."""
@@ -323,6 +317,7 @@ def files_to_clear(out: str) -> list[str]:
         # The index first: without it the shards are no set. What the set is made of last.
         for name in sorted(files.listdir(out), key=lambda name: (name != INDEX, name == set_identity.FILE))
         if name in _OF_SET
+        or TABLE.fullmatch(name)
         or ((match := _SHARD_FILE.fullmatch(name)) and match[1] in prefixes)
         or _DERIVED.fullmatch(name)
     ]

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from pipeline.data.images.preprocess import MAX_BYTES, PREPROCESSING, Rejected, decode, preprocess_image
 from pipeline.data.shards.join import Counts
+from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.settings import IndexSettings
-from pipeline.data.shards.shard_set import SIDECAR, ShardRecord, ShardSet, read_record, write_sidecar_and_record
+from pipeline.data.shards.shard_set import SIDECAR, ShardSet, read_record, write_sidecar_and_record
 from pipeline.data.sources.inputs import BESIDE_IMAGE, LABEL_FILE, NO_LABEL, SYSTEM_FILE
 from pipeline.data.sources.keys import Sample, group_members
 from pipeline.data.sources.labels.label_encoder import LabelEncoder

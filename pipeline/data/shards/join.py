@@ -11,7 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.data.shards import record_files
-from pipeline.data.shards.shard_set import REJECTED, ShardRecord, read_record, rejected_lines, write_index
+from pipeline.data.shards.index_file import write_index
+from pipeline.data.shards.record import ShardRecord
+from pipeline.data.shards.shard_set import REJECTED, read_record, rejected_lines
 from pipeline.data.sources.inputs import NOT_IMAGES
 from pipeline.data.sources.labels import class_names
 from pipeline.data.sources.listing import SOURCES

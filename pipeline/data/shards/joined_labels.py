@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.shards.shard_set import SIDECAR, ShardRecord, write_sidecar_and_record
+from pipeline.data.shards.record import ShardRecord
+from pipeline.data.shards.shard_set import SIDECAR, write_sidecar_and_record
 from pipeline.data.sources.inputs import NO_LABEL
 from pipeline.data.sources.labels.label_encoder import LabelEncoder
 from pipeline.errors import DataError

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pipeline.data.shards.shard_set import ShardRecord
+from pipeline.data.shards.record import ShardRecord
 from pipeline.errors import DataError
 from pipeline.storage import files
 

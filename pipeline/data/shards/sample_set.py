@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from pipeline import untrusted
 from pipeline.data.images import preprocess
-from pipeline.data.shards import record_files, set_identity, shard_set
+from pipeline.data.shards import index_file, record_files, set_identity, shard_set
+from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.seeds import merged, parse_seeds, ranges_text, seeds_text, within, without
 from pipeline.errors import ConfigError, DataError
 from pipeline.path_kind import SAMPLE_RECORD
@@ -192,7 +193,7 @@ class SampleSet:
             return False
         if self.format == "tar":
             records = record_files.read(self.url, map(stem, recorded(self.url)), files.sizes(self.url)).values()
-            shard_set.write_index(
+            index_file.write_index(
                 self.url, records, size=size, channels=channels, classes=classes,
                 source=f"checkpoint {self.provenance['checkpoint_sha256']}", settings=self.provenance,
                 counts={"taken": sum(record.samples for record in records)},
@@ -244,7 +245,7 @@ def recorded_seeds(url: str, i: int) -> tuple[range, ...]:
 
 def index_is_incomplete(url: str) -> bool:
     """Whether a sample set in tars has no index, or one that lacks shards with a record."""
-    if not files.exists(files.join(url, shard_set.INDEX)):
+    if not files.exists(files.join(url, index_file.INDEX)):
         records = (record for i in recorded(url) if (record := _read(url, i)))
         return any("files" not in record for record in records)
     try:
@@ -297,8 +298,8 @@ def _unfinished(url: str, records: list[dict[str, Any]]) -> list[str]:
             f"seeds {ranges_text(missing[:_SHOWN_RANGES])}{more} are missing ({sum(map(len, missing))} in all): the "
             "same `ddpm sample` command draws them"
         ]
-    if any("files" not in record for record in records) and not files.exists(files.join(url, shard_set.INDEX)):
-        return [f"{shard_set.INDEX}: missing, the set is not finished: the same `ddpm sample` command finishes it"]
+    if any("files" not in record for record in records) and not files.exists(files.join(url, index_file.INDEX)):
+        return [f"{index_file.INDEX}: missing, the set is not finished: the same `ddpm sample` command finishes it"]
     return []
 
 
@@ -314,7 +315,7 @@ def _listed(record: dict[str, Any], i: int) -> dict[str, Any] | None:
     if "files" in record:
         return dict(record["files"])
     try:
-        shard = shard_set.ShardRecord.parse(record)
+        shard = ShardRecord.parse(record)
     except DataError:
         return None
     return {shard.name: {"sha256": shard.sha256}, f"{stem(i)}.npy": {"sha256": shard.sidecar_sha256}}

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.data.shards import record_files, sample_set, shard_set
+from pipeline.data.shards import index_file, record_files, sample_set
+from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.seeds import merged, parse_seeds, ranges_text
 from pipeline.data.shards.shard_set import ShardSet
+from pipeline.data.shards.shard_table import ShardTable
 from pipeline.errors import DataError
 from pipeline.path_kind import SAMPLE_RECORD, SHARD_RECORD
 from pipeline.storage import files
+from pipeline.untrusted import locations_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def read(url: str) -> SetStatus | None:
     names = files.listdir(url)
     if any(map(SAMPLE_RECORD.fullmatch, names)):
         return _of_samples(url)
-    if shard_set.INDEX in names:
+    if index_file.INDEX in names:
         return _of_index(ShardSet.indexed(url))
     records = _records(url)
     return _of_records(records) if records else None
@@ -63,18 +66,20 @@ def tars_of(url: str) -> ShardSet | None:
     Raises:
         DataError: the index is damaged or of a newer version.
     """
-    if files.exists(files.join(url, shard_set.INDEX)):
+    if files.exists(files.join(url, index_file.INDEX)):
         return ShardSet.indexed(url)
     records, status = _records(url), read(url)
     if not records or status is None or status.size is None:
         return None
+    locations = locations_of(record.name for record in records)  # `ddpm index` names tars that lie elsewhere
     return ShardSet(
-        url=url, shards=tuple(records), samples=sum(record.samples for record in records), size=status.size,
+        url=url, shards=ShardTable.of(records, tuple(locations)), size=status.size,
+        samples=sum(record.samples for record in records),
         channels=status.channels or 3, classes=None, sha256="", source="", settings={}, settings_sha256="", counts={},
     )  # fmt: skip
 
 
-def _records(url: str) -> list[shard_set.ShardRecord]:
+def _records(url: str) -> list[ShardRecord]:
     """The records of the tars of a set."""
     sizes = files.sizes(url)
     stems = (match[1] for name in sorted(sizes) if (match := SHARD_RECORD.fullmatch(name)))
@@ -93,14 +98,14 @@ def _of_index(shards: ShardSet) -> SetStatus:
         size=shards.size,
         channels=shards.channels,
         classes=None if shards.classes is None else {name: (by_class or {}).get(name) for name in shards.classes},
-        bytes=sum(record.bytes for record in shards.shards),
+        bytes=int(shards.shards.bytes.sum()),
         rejected=dict(counts.get("rejected") or {}),
         made_from=_source_text(source),
         format="tar",
     )
 
 
-def _of_records(records: list[shard_set.ShardRecord]) -> SetStatus:
+def _of_records(records: list[ShardRecord]) -> SetStatus:
     """An unfinished shard set, from the records of its shards."""
     first = records[0].extra
     settings, source = first.get("settings") or {}, first.get("source") or {}
@@ -138,7 +143,7 @@ def _of_samples(url: str) -> SetStatus:
     steps = provenance.get("steps")
     sampler = f"{provenance.get('sampler')} in {steps or 'all'} steps"
     weights = f"{provenance.get('weights')} weights of checkpoint {str(provenance.get('checkpoint_sha256'))[:12]}"
-    index = ShardSet.indexed(url) if files.exists(files.join(url, shard_set.INDEX)) else None
+    index = ShardSet.indexed(url) if files.exists(files.join(url, index_file.INDEX)) else None
     return SetStatus(
         kind="sample set",
         finished=is_finished,

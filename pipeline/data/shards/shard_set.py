@@ -26,12 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import messages, path_kind, untrusted
-from pipeline.data.shards.record import head_fields, locations_message, shard_fields, tar_locations
+from pipeline.data.shards.index_file import locations_message, read_index
+from pipeline.data.shards.record import ShardRecord
+from pipeline.data.shards.shard_table import ShardSizes, ShardTable
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
 
-VERSION = 1
-INDEX = "index.json"
 REJECTED = "rejected.jsonl"
 SIDECAR = np.dtype(
     [
@@ -43,7 +43,6 @@ SIDECAR = np.dtype(
         ("label", "<i4"),  # class number, -1: none
     ]
 )
-_INDEXED = ("name", "bytes", "sha256", "samples", "sidecar_sha256")
 _FIX = "run the command that made the set again: it makes only what is missing, or restore it from a copy"
 _REMAKE = "restore it from a copy, or make the set again with --overwrite"
 
@@ -62,42 +61,6 @@ class Sample:
     """Class number, or None."""
     meta: dict[str, Any]
     """Becomes KEY.json."""
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """The facts about one shard; the first five fields are repeated in the index."""
-
-    name: str
-    """File name of the tar. If it lies outside of the set: its path, relative to the set or absolute, or its URL."""
-    bytes: int
-    sha256: str
-    samples: int
-    sidecar_sha256: str
-    extra: dict[str, Any]
-    """Further fields of the record, which depend on the job; not in the index."""
-    sidecar: str | None = None
-    """File name of the sidecar if it does not lie beside the tar; the record lies beside the sidecar."""
-
-    @property
-    def stem(self) -> str:
-        """The names of sidecar and record, relative to the set, without the ending."""
-        return (self.sidecar or self.name).rpartition(".")[0]
-
-    @staticmethod
-    def parse(value: Any, what: str = "the record") -> ShardRecord:
-        """A record from the JSON value of NAME-000000.json or from an entry of the index.
-
-        Raises:
-            DataError: the value is not such a record.
-        """
-        fields, sidecar, extra = shard_fields(value, what)
-        return ShardRecord(**fields, sidecar=sidecar, extra=extra)
-
-    def entry(self) -> dict[str, Any]:
-        """The shard's entry in the index."""
-        entry = {name: getattr(self, name) for name in _INDEXED}
-        return entry | ({"sidecar": self.sidecar} if self.sidecar else {})
 
 
 def resolve(url: str, name: str) -> str:
@@ -232,62 +195,12 @@ def rejected_lines(records: Iterable[ShardRecord]) -> bytes:
     return "".join(json.dumps(line) + "\n" for record in records for line in record.extra.get("rejected", [])).encode()
 
 
-def write_index(
-    directory: str,
-    records: Iterable[ShardRecord],
-    *,
-    size: tuple[int, int],
-    channels: int,
-    classes: Iterable[str] | None,
-    source: str | dict[str, Any],
-    settings: dict[str, Any],
-    counts: dict[str, Any],
-) -> None:
-    """Write `index.json`, which makes a directory of shards a shard set.
-
-    Args:
-        directory: the set.
-        records: in the order of the shards.
-        size: (height, width) of every image.
-        channels: 1 or 3.
-        classes: names by class number, or None.
-        source: where the images come from.
-        settings: how they were made. Two sets with the same hash of the settings were made in the same way.
-        counts: totals, for people.
-
-    Raises:
-        DataError: no space left, or not permitted.
-    """
-    entries = [record.entry() for record in records]
-    index = {
-        "version": VERSION,
-        "shards": entries,
-        "samples": sum(entry["samples"] for entry in entries),
-        "size": list(size),
-        "channels": channels,
-        "classes": None if classes is None else list(classes),
-        "source": source,
-        "settings": settings,
-        "settings_sha256": settings_sha256(settings),
-        "counts": counts,
-    }
-    if (locations := untrusted.locations_of(entry["name"] for entry in entries)) or settings.get("foreign"):
-        index["places"] = locations
-    files.write_json(files.join(directory, INDEX), index)
-
-
-def settings_sha256(settings: dict[str, Any]) -> str:
-    """Hash of settings, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class ShardSet:
     """A finished shard set, as its index describes it."""
 
     url: str
-    shards: tuple[ShardRecord, ...]
-    """As in the index: `extra` is empty; `read_record` gives it."""
+    shards: ShardTable
     samples: int
     size: tuple[int, int]
     """(height, width) of every image."""
@@ -304,7 +217,7 @@ class ShardSet:
 
     @staticmethod
     def open(url: str) -> ShardSet:
-        """Read the index; a message names directories outside of the set. Each tar is checked when it is first read.
+        """Read the index; a message names directories outside of the set. A tar is checked when it is opened.
 
         Raises:
             DataError: no such directory, no index, or a newer or damaged one.
@@ -320,28 +233,14 @@ class ShardSet:
         Raises:
             DataError: no such directory, no index, or a newer or damaged one.
         """
-        file = files.join(url, INDEX)
         try:
-            index = files.read_json(file)
+            head, shards, locations = read_index(url)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(path_kind.not_a_set(url)) from error
-        if isinstance(index, dict) and (version := index.get("version")) != VERSION:
-            raise DataError(f"{file} has format {version}, this program reads {VERSION}: upgrade it")
-        try:
-            head = head_fields(index, INDEX)
-            shards = tuple(ShardRecord.parse(entry, INDEX) for entry in index["shards"])
-            if head["samples"] != sum(record.samples for record in shards):
-                raise DataError("`samples` is not the sum over the shards: damaged")
-            locations = tar_locations(url, index, [(record.name, record.sidecar) for record in shards], INDEX)
-        except DataError as error:
-            raise DataError(f"{file} is not the index of a shard set ({error}): {_REMAKE}") from error
-        return ShardSet(
-            url=url,
-            shards=shards,
-            tar_locations=locations,
-            sha256=hashlib.sha256("".join(record.sha256 for record in shards).encode()).hexdigest(),
-            **head,
-        )
+        identity = hashlib.sha256()
+        for hashes in shards.hex_hashes():
+            identity.update(hashes.encode())
+        return ShardSet(url=url, shards=shards, tar_locations=locations, sha256=identity.hexdigest(), **head)
 
     def report_tar_locations(self) -> None:
         """Print a message with the directories outside of the set from which tars are read, if there are some."""
@@ -394,6 +293,6 @@ class ShardSet:
         return rows
 
     @property
-    def shard_samples(self) -> tuple[int, ...]:
+    def shard_samples(self) -> ShardSizes:
         """Samples in each shard."""
-        return tuple(record.samples for record in self.shards)
+        return ShardSizes(self.shards)

@@ -15,18 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.shards import set_identity
+from pipeline.data.shards.index_file import INDEX, settings_sha256
 from pipeline.data.shards.index_tars import decoder
 from pipeline.data.shards.join import totals
+from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.sample_check import SampleChecker
-from pipeline.data.shards.shard_set import (
-    INDEX,
-    REJECTED,
-    SIDECAR,
-    ShardRecord,
-    ShardSet,
-    rejected_lines,
-    settings_sha256,
-)
+from pipeline.data.shards.shard_set import REJECTED, SIDECAR, ShardSet, rejected_lines
 from pipeline.errors import DataError
 from pipeline.processes.pool import exit_cause
 from pipeline.storage import files
@@ -102,7 +96,7 @@ def _verify_index(shards: ShardSet, names: list[str]) -> Iterator[str]:
     if "checkpoint_sha256" in settings and source != f"checkpoint {settings['checkpoint_sha256']}":
         yield f"{INDEX}: `source` is not the checkpoint of `settings`"
     if settings.get("foreign"):
-        expected = {"tars": len(shards.shards), "bytes": sum(record.bytes for record in shards.shards)}
+        expected = {"tars": len(shards.shards), "bytes": int(shards.shards.bytes.sum())}
         if source != expected:
             yield f"{INDEX}: `source` is {source}, the tars are {expected}"
 
@@ -277,8 +271,8 @@ def _verify_shard(shards: ShardSet, i: int, check_stop: Callable[[], None]) -> l
     digest = tar.sha256.hexdigest()
     if digest == record.sha256:
         return findings + problems
-    if twins := [other.name for other in shards.shards if other.sha256 == digest]:
-        return [*findings, f"{record.name}: holds the bytes of {twins[0]} (swapped or renamed)"]
+    if twins := shards.shards.with_sha256(digest):
+        return [*findings, f"{record.name}: holds the bytes of {shards.shards[twins[0]].name} (swapped or renamed)"]
     if tar.at == record.bytes:
         return [*findings, f"{record.name}: does not have the sha256 of the index", *problems]
     complete = int(np.sum(rows["offset"] + rows["length"] <= tar.at))

@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.data.images.preprocess import encode
 from pipeline.data.loading.batches import Batch, Batches, read_all
 from pipeline.data.loading.order import Order
-from pipeline.data.shards.shard_set import Sample, ShardSet, pack, write_index, write_shard
+from pipeline.data.shards.index_file import write_index
+from pipeline.data.shards.shard_set import Sample, ShardSet, pack, write_shard
 from pipeline.errors import ConfigError, DataError
 from pipeline.keyed_random import Use, integers
 from pipeline.storage import files

@@ -19,8 +19,9 @@ from pipeline.data.images.preprocess import PREPROCESSING, decode
 from pipeline.data.shards import build
 from pipeline.data.shards.build import ShardSetBuilder, Task
 from pipeline.data.shards.image_task import ImageTask
+from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.settings import ShardSettings
-from pipeline.data.shards.shard_set import ShardRecord, ShardSet
+from pipeline.data.shards.shard_set import ShardSet
 from pipeline.data.shards.verify import verify
 from pipeline.data.sources.listing import Listing, Reader, list_inputs
 from pipeline.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.shards import verify
-from pipeline.data.shards.record import tar_locations
+from pipeline.data.shards.index_file import tar_locations
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import DataError
 from pipeline.untrusted import MAX_LOCATIONS, is_allowed, locations_of

@@ -145,7 +145,7 @@ def test_a_complete_set_is_a_shard_set(url: str) -> None:
     assert finish(target, "0-9")
     shards = ShardSet.open(url)
     assert (shards.samples, shards.size, shards.channels, shards.classes) == (10, (4, 6), 3, None)
-    assert shards.shard_samples == (4, 4, 2)
+    assert tuple(shards.shard_samples) == (4, 4, 2)
     assert shards.settings == target.provenance
     assert integrity.verify(url) == []
 

@@ -15,7 +15,8 @@ import webdataset
 from webdataset import tariterators
 
 from pipeline.data.images.preprocess import EXTENSIONS, encode
-from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, read_record, write_index, write_shard
+from pipeline.data.shards.index_file import write_index
+from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, read_record, write_shard
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
 
@@ -82,7 +83,7 @@ def test_plain_webdataset_reads_what_was_written(tmp_path: Path, extension: str,
 @pytest.mark.parametrize("label", [7, None])
 def test_the_sidecar_leads_to_every_sample(tmp_path: Path, extension: str, label: int | None) -> None:
     shards = write_set(tmp_path, extension=extension, label=label)
-    assert shards.shard_samples == (3, 3, 3) and shards.samples == 9
+    assert tuple(shards.shard_samples) == (3, 3, 3) and shards.samples == 9
     for i in range(3):
         tar = Path(shards.tar(i)).read_bytes()
         for n, row in enumerate(shards.sidecar(i)):
@@ -202,7 +203,7 @@ def edit_index(directory: Path, **changes: object) -> None:
         ),
         (lambda d: (d / "index.json").write_text("{"), "index.json is not JSON"),
         (lambda d: (d / "index.json").write_text("[]"), "index.json is not the index of a shard set"),
-        (lambda d: edit_index(d, version=2), "index.json has format 2, this program reads 1: upgrade it"),
+        (lambda d: edit_index(d, version=3), "index.json has format 3, this program reads 1 and 2: upgrade it"),
         (lambda d: edit_index(d, samples=10), "`samples` is not the sum over the shards: damaged"),
         (lambda d: edit_index(d, size=[8]), "index.json is not the index of a shard set"),
         (lambda d: edit_index(d, channels=True), "`channels` is True, not a whole number"),

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, write_index, write_shard
+from pipeline.data.shards.index_file import write_index
+from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, write_shard
 from pipeline.data.shards.verify import verify
 from tests.data.shards.test_shard_set import edit_index, sample, write_set
 
