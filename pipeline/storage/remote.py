@@ -163,7 +163,7 @@ def _limit(fs: fsspec.AbstractFileSystem, size: int = 0) -> dict[str, float]:
 
 def whole(url: str, size: int) -> bytes:
     """A file of this size, by one request. Raises the same as `attempt`."""
-    return attempt(url, lambda fs, path: cast(bytes, fs.cat_file(path, **_limit(fs, size))))
+    return attempt(url, lambda fs, path: cast(bytes, fs.cat_file(path, start=0, end=size, **_limit(fs, size))))
 
 
 def stream(url: str, size: int) -> BinaryIO:

@@ -6,6 +6,8 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,8 +33,10 @@ def tell(value):
 """
 
 
-def together(code: str, patience_s: float = 60, timeout_s: float = 120) -> list[tuple[int, list[Any]]]:
-    """Run the code on all ranks; each one's exit code and what it told."""
+def together(
+    code: str, patience_s: float = 60, timeout_s: float = 120, extra: Sequence[dict[str, str]] = ({},) * RANKS
+) -> list[tuple[int, list[Any]]]:
+    """Run the code on all ranks, each with its extra variables; its exit code and what it told."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -40,7 +44,7 @@ def together(code: str, patience_s: float = 60, timeout_s: float = 120) -> list[
                    "PATIENCE_S": str(patience_s)}  # fmt: skip
     processes = [
         warm.Popen([sys.executable, "-c", PREAMBLE + code], text=True, stdout=subprocess.PIPE,
-                   env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                   env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), **extra[rank]},
                    cwd=ROOT)
         for rank in range(RANKS)
     ]  # fmt: skip
@@ -183,3 +187,39 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="torch sees no CUDA device here"):
         world.init_distributed("cuda", 60)
+
+
+def test_a_file_of_a_store_reaches_every_node_from_rank_0_alone(tmp_path: Path) -> None:
+    """Each rank is a node with a temporary directory of its own; only rank 0's process has the store in memory."""
+    code = """
+import hashlib, tempfile
+from pipeline.storage import files
+from pipeline.storage.mapped_file import FileReference
+data = bytes(range(256)) * 40_000  # two pieces and a half
+tempfile.tempdir = os.environ["PLACE"]
+if r == 2 and os.environ["FULL"] == "1":
+    def refuse(*args, **options):
+        raise DataError("no space left")
+    files.publishing = refuse
+file = FileReference("memory://bucket/table.bin", len(data), hashlib.sha256(data).hexdigest())
+if r == 0:
+    files.write_bytes(file.url, data)
+    file.fetch()
+w.copy_to_nodes(file)
+try:
+    tell(file.map().tobytes() == data)
+except Exception as error:
+    tell(type(error).__name__)
+if os.environ["FULL"] == "0":
+    w.copy_to_nodes(file)  # all have it
+    local = FileReference(str(file.node_path), len(data), file.sha256)
+    w.copy_to_nodes(local)
+    local.fetch()
+    tell((local.map()[:3]).tolist())
+"""
+    for full, expected in (("0", [[True, [0, 1, 2]]] * 3), ("1", [[True], [True], ["FileNotFoundError"]])):
+        places = [tmp_path / full / str(rank) for rank in range(RANKS)]
+        for place in places:
+            place.mkdir(parents=True)
+        told = together(code, extra=[{"PLACE": str(place), "FULL": full, "LOCAL_RANK": "0"} for place in places])
+        assert told == [(0, values) for values in expected]

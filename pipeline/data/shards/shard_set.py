@@ -240,6 +240,7 @@ class ShardSet:
         identity = hashlib.sha256()
         for hashes in shards.hex_hashes():
             identity.update(hashes.encode())
+        shards.release()
         return ShardSet(url=url, shards=shards, tar_locations=locations, sha256=identity.hexdigest(), **head)
 
     def report_tar_locations(self) -> None:

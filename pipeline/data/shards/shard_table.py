@@ -97,6 +97,11 @@ class ShardTable(Sequence[ShardRecord]):
         if int(self.samples.sum()) != samples:
             raise DataError("`samples` is not the sum over the shards: damaged")
 
+    def release(self) -> None:
+        """Give back the memory of pages that a check has read; the next use maps the file again."""
+        if self.file:
+            self.__dict__.pop("_data", None)
+
     def __len__(self) -> int:
         return self._count
 
