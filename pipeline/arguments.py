@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
+from pipeline.units import parse_bytes
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -56,10 +57,10 @@ def interval(text: str) -> tuple[int, int]:
 
 def memory(text: str) -> int:
     """Bytes, from `24GiB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(MiB|GiB|GB)", text, re.ASCII)
-    if not match or not float(match[1]):
-        raise ConfigError(f"--memory {text}: write a number and MiB, GiB or GB, as in 24GiB")
-    return int(float(match[1]) * {"MiB": 2**20, "GiB": 2**30, "GB": 10**9}[match[2]])
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"--memory {text}: write {error}") from error
 
 
 def configuration(file: str, settings: Iterable[str], *, processes: int = 1) -> Config:

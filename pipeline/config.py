@@ -24,7 +24,7 @@ from pipeline.model_section import FixedVariance as FixedVariance  # noqa: PLC04
 from pipeline.model_section import ModelSection as ModelSection  # noqa: PLC0414
 from pipeline.model_section import Section
 from pipeline.solvers import SamplerName, Spacing
-from pipeline.units import Duration, EpochCounter, Length, PositiveLength, Size
+from pipeline.units import Bytes, Duration, EpochCounter, Length, PositiveLength, Size
 
 MAX_EMA_LENGTH = 0.28
 """Largest σ_rel of a power-function average; that of a constant profile is 0.289."""
@@ -51,6 +51,11 @@ class DataSection(Section):
     """Size of the shuffle buffer of a lane, in samples: shuffling moves a sample at most this far."""
     workers: NonNegativeInt = 2
     """Loader processes of each rank; 0: the training process reads. The order of the data does not depend on it."""
+    cache: str | None = None
+    """Directory on a disk of the node in which its processes keep what they have read of a remote shard set, for later
+    epochs and starts. Default: none."""
+    cache_limit: Bytes = 64 * 2**30
+    """Size of this directory at most, in bytes, or as 500GiB. A set that is larger is read from the store in part."""
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -313,7 +318,7 @@ class Config(Section):
             raise ConfigError(f"{keys}: 0 steps with {samples} images in an epoch: give a longer length") from error
 
 
-PATHS = {("data", "shards"), ("data", "val_shards"), ("train", "init_from"), ("run", "dir"),
+PATHS = {("data", "shards"), ("data", "cache"), ("data", "val_shards"), ("train", "init_from"), ("run", "dir"),
          ("run", "evaluate_features")}  # fmt: skip
 """Settings that are paths or URLs: text, however much it looks like a number."""
 _LENGTHS = [("train", "steps"), ("train", "warmup_steps")]

@@ -122,6 +122,7 @@ def is_stored(text: str) -> bool:
 
 
 _LATER_KEYS = {
+    "data": ("cache", "cache_limit"),
     "model": (
         "norm_groups", "num_heads", "norm_eps", "resample_blocks", "downsample_padding", "freq_shift",
         "flip_sin_to_cos", "timestep_scale",

@@ -36,7 +36,7 @@ from pipeline.processes.forkserver import start_worker_server
 from pipeline.sampling.pretrained import load_for_training
 from pipeline.storage import files
 from pipeline.training import forecasts, resume
-from pipeline.training.datasets import fit_classes, open_sets
+from pipeline.training.datasets import fit_classes, open_sets, with_cache
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.micro_batch import peak_bytes
@@ -95,6 +95,7 @@ def train(config: Config, *, overrides: Collection[str] = (), quiet: bool = Fals
         trainer, origin = _make_trainer(config, ranks, point)
         shards, *held_out = (fit_classes(data, point.classes) for data in sets)
         validation = next((read_all(data, config.run.val_samples, (ranks.rank, ranks.size)) for data in held_out), None)
+        shards = with_cache(shards, config.data, info)
         batches = stack.enter_context(_open_batches(trainer, shards))
 
         log = stack.enter_context(RunLog(config, ranks, trainer.state, schedule, lease, point.checkpoint, quiet=quiet))

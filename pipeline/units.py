@@ -16,6 +16,8 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _LONGEST_S = 3650 * 86400  # threads and collectives accept no longer timeout
 _SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)", re.ASCII)
+_UNITS = {"MiB": 2**20, "GiB": 2**30, "GB": 10**9, "TiB": 2**40, "TB": 10**12}
+_BYTES = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})", re.ASCII)
 _EPOCHS = re.compile(r"(\d+(?:\.\d+)?)ep", re.ASCII)
 
 
@@ -36,6 +38,22 @@ def _size(value: object) -> object:
     return (int(match[1]), int(match[2])) if match else value
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes, from `24GiB`.
+
+    Raises:
+        ValueError: the text is no size.
+    """
+    match = _BYTES.fullmatch(text)
+    if not match or not float(match[1]):
+        raise ValueError("a number and MiB, GiB, GB, TiB or TB, as in 24GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _bytes(value: object) -> object:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
 def _length(value: object) -> object:
     if isinstance(value, str) and not _EPOCHS.fullmatch(value):
         raise ValueError("a length is a number of steps, or of epochs as in 50ep")
@@ -49,6 +67,11 @@ Duration = Annotated[
     WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": _DURATION.pattern}]}),
 ]
 _SIDE = {"type": "integer", "exclusiveMinimum": 0}
+Bytes = Annotated[
+    PositiveInt,
+    BeforeValidator(_bytes),
+    WithJsonSchema({"anyOf": [_SIDE, {"type": "string", "pattern": _BYTES.pattern}]}),
+]
 Size = Annotated[
     PositiveInt | tuple[PositiveInt, PositiveInt],
     BeforeValidator(_size),

@@ -113,6 +113,7 @@ def test_a_circle_of_parents_is_refused() -> None:
 # --- stored configurations ---
 
 LATER = {
+    "data": ("cache", "cache_limit"),
     "model": (
         "norm_groups", "num_heads", "norm_eps", "resample_blocks", "downsample_padding", "freq_shift",
         "flip_sin_to_cos", "timestep_scale",

@@ -132,24 +132,20 @@ def size(url: str) -> int:
     """
     if not is_remote(url):
         return local(url).stat().st_size
-    length: int | None = remote.info(url)["size"]
-    if length is None:
+    if (length := remote.info(url)["size"]) is None:
         raise DataError(f"{url}: its server does not give its size: copy it to a disk or an object store first")
-    return length
+    return int(length)
 
 
 def free_bytes(url: str) -> int | None:
     """Bytes that this user may still write below a local path, which need not exist; None if unknown."""
-    if is_remote(url):
-        return None
-    with local_disk.explained(url):
-        path = local(url).absolute()
-        status = os.statvfs(next(directory for directory in (path, *path.parents) if directory.exists()))
-    return status.f_bavail * status.f_frsize if status.f_blocks else None
+    return None if is_remote(url) else local_disk.free_bytes(local(url))
 
 
-def open_read(url: str, offset: int = 0, length: int | None = None) -> BinaryIO:
-    """Open for reading at a byte offset: a seek locally, range requests remotely, repeated if a connection breaks.
+def open_read(
+    url: str, offset: int = 0, length: int | None = None, cached: remote.CachedBlocks | None = None
+) -> BinaryIO:
+    """Open for reading at a byte offset: a seek locally, remotely range requests (`remote.stream`, with `cached`).
 
     If the caller knows the `length` of the whole file, the store is not asked for it.
 
@@ -157,16 +153,19 @@ def open_read(url: str, offset: int = 0, length: int | None = None) -> BinaryIO:
         FileNotFoundError: there is no such file.
         DataError: a device, pipe or directory, or a store that cannot be read; reading from the file raises it too.
     """
-    if not is_remote(url):
-        file = local_disk.open_regular(local(url))
+    if is_remote(url):
+        file = remote.stream(url, size(url) if length is None else length, cached)
     else:
-        file = remote.stream(url, size(url) if length is None else length)
+        file = local_disk.open_regular(local(url))
     file.seek(offset)
     return file
 
 
-def read_bytes(url: str, *, pipes: bool = False) -> bytes:
+def read_bytes(url: str, *, pipes: bool = False, at_most: int | None = None) -> bytes:
     """Read a whole file; with `pipes` also a pipe, such as a shell makes of `<(command)`.
+
+    If the caller knows that the file has no more than `at_most` bytes, a store gets a single request, whose answer may
+    be cut short.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -174,6 +173,8 @@ def read_bytes(url: str, *, pipes: bool = False) -> bytes:
     """
     if pipes and not is_remote(url) and local(url).is_fifo():
         return local(url).read_bytes()
+    if at_most and is_remote(url):
+        return remote.read_range(url, 0, at_most)
     with open_read(url) as file:
         return file.read()
 

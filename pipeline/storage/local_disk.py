@@ -52,6 +52,14 @@ def sync(descriptor: int) -> None:
             raise
 
 
+def free_bytes(path: Path) -> int | None:
+    """Bytes that this user may still write below a path, which need not exist; None if unknown."""
+    path = path.absolute()
+    with explained(str(path)):
+        status = os.statvfs(next(directory for directory in (path, *path.parents) if directory.exists()))
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+
 @contextmanager
 def explained(url: str) -> Iterator[None]:
     """Turn the errors of a full or unwritable disk into a DataError of one line."""

@@ -62,7 +62,7 @@ class FileReference(NamedTuple):
             return
         with _lock(self.node_path):
             if not self.is_on_node():
-                self.store([remote.whole(self.url, self.size)])
+                self.store([remote.complete_range(self.url, 0, self.size)])
 
     def store(self, pieces: Iterator[bytes] | list[bytes]) -> None:
         """Write the bytes of a remote file to this node, and check their hash.

@@ -28,6 +28,9 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import printable
 
 Result = TypeVar("Result")
+CachedBlocks = Callable[[int, Callable[[], bytes]], bytes]
+BLOCK_BYTES = 1 << 22
+"""Of a block in the cache of a node, except a file's last one."""
 _TIMEOUT_S = 60.0
 _NOTE_EVERY_S = 60.0
 _LONGEST_PAUSE_S = 8.0
@@ -161,23 +164,25 @@ def _limit(fs: fsspec.AbstractFileSystem, size: int = 0) -> dict[str, float]:
     return {"timeout": _timeout_s() + size / _SLOWEST} if fs.async_impl else {}
 
 
-def whole(url: str, size: int) -> bytes:
-    """A file of this size, by one request. Raises the same as `attempt`."""
-    return attempt(url, lambda fs, path: cast(bytes, fs.cat_file(path, start=0, end=size, **_limit(fs, size))))
+def stream(url: str, size: int, cached: CachedBlocks | None = None) -> BinaryIO:
+    """Open a remote file of this size. It is read by range requests: one is under way while the last is consumed.
 
-
-def stream(url: str, size: int) -> BinaryIO:
-    """Open a remote file of this size. It is read by range requests: one is under way while the last is consumed."""
-    return cast(BinaryIO, io.BufferedReader(_RangedFile(url, size), _BUFFER))
+    Args:
+        url: the file.
+        size: its bytes.
+        cached: gives block `number` of the file, of `BLOCK_BYTES`: from this node, or by a call of its second argument.
+    """
+    return cast(BinaryIO, io.BufferedReader(_RangedFile(url, size, cached), _BUFFER))
 
 
 class _RangedFile(io.RawIOBase):
     """Reads a file in blocks, which grow while it is read in order; it continues where a connection breaks."""
 
-    def __init__(self, url: str, size: int) -> None:
-        self._url, self._size, self._at = url, size, 0
+    def __init__(self, url: str, size: int, cached: CachedBlocks | None) -> None:
+        self._url, self._size, self._cached, self._at = url, size, cached, 0
         self._block = memoryview(b"")  # the bytes from `_at` on that have come and are not consumed
-        self._length = _BLOCK[0]
+        self._first_length = BLOCK_BYTES if cached else _BLOCK[0]
+        self._length = self._first_length
         self._next: _Request | None = None
 
     def readable(self) -> bool:
@@ -196,7 +201,7 @@ class _RangedFile(io.RawIOBase):
         if self._at <= at <= self._at + len(self._block):
             self._block = self._block[at - self._at :]
         else:
-            self._block, self._length, self._next = memoryview(b""), _BLOCK[0], None
+            self._block, self._length, self._next = memoryview(b""), self._first_length, None
         self._at = at
         return at
 
@@ -215,8 +220,8 @@ class _RangedFile(io.RawIOBase):
     def _take(self) -> bytes:
         """The block from here on; the request for the one after it begins."""
         request = self._next or self._request(self._at)
-        data = request.result()
-        if len(data) < request.length:
+        data = request.result()[request.skipped :]
+        if len(data) < request.length - request.skipped:
             RETRIES.add(self._url, f"{len(data)} bytes instead of {request.length}", note=True)
         end = self._at + len(data)
         self._length = min(2 * self._length, _BLOCK[1])
@@ -224,15 +229,27 @@ class _RangedFile(io.RawIOBase):
         return data
 
     def _request(self, start: int) -> _Request:
-        return _Request(self._url, start, min(self._length, self._size - start))
+        if self._cached is None:
+            length = min(self._length, self._size - start)
+            return _Request(partial(read_range, self._url, start, length), length)
+        number, skipped = divmod(start, BLOCK_BYTES)
+        length = min(BLOCK_BYTES, self._size - (start - skipped))
+        load = partial(complete_range, self._url, start - skipped, length)
+        return _Request(partial(self._cached, number, load), length, skipped)
 
 
 class _Request:
-    """One range of a file, read in a thread, which does not delay the end of the process."""
+    """One range of a file, read in a thread, which does not delay the end of the process.
 
-    def __init__(self, url: str, start: int, length: int) -> None:
-        self.length = length
-        self._part = partial(attempt, url, partial(_part, start=start, end=start + length))
+    Args:
+        read: reads it.
+        length: bytes that are expected.
+        skipped: bytes at its beginning that are not wanted.
+    """
+
+    def __init__(self, read: Callable[[], bytes], length: int, skipped: int = 0) -> None:
+        self.length, self.skipped = length, skipped
+        self._read = read
         self._data = b""
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -240,7 +257,7 @@ class _Request:
 
     def _run(self) -> None:
         try:
-            self._data = self._part()
+            self._data = self._read()
         except BaseException as error:
             self._error = error
 
@@ -252,8 +269,22 @@ class _Request:
         return self._data
 
 
+def read_range(url: str, start: int, length: int) -> bytes:
+    """At least one byte of a range, and at most `length`, by one request. Raises the same as `attempt`."""
+    return attempt(url, partial(_part, start=start, end=start + length))
+
+
+def complete_range(url: str, start: int, length: int) -> bytes:
+    """All bytes of a range, by one request if its answer is complete. Raises the same as `attempt`."""
+    data = read_range(url, start, length)
+    while len(data) < length:
+        RETRIES.add(url, f"{len(data)} bytes instead of {length}", note=True)
+        data += read_range(url, start + len(data), length - len(data))
+    return data
+
+
 def _part(fs: fsspec.AbstractFileSystem, path: str, *, start: int, end: int) -> bytes:
-    data: bytes = fs.cat_file(path, start=start, end=end, **_limit(fs))
+    data: bytes = fs.cat_file(path, start=start, end=end, **_limit(fs, end - start))
     if not data:
         raise EOFError("no byte came")
     if len(data) > end - start:

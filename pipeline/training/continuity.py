@@ -14,6 +14,8 @@ MAY_CHANGE = (
     "data.shards",
     "data.val_shards",
     "data.workers",
+    "data.cache",
+    "data.cache_limit",
     "train.steps",
     "train.global_batch",
     "train.device",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,9 @@ from pipeline.config import Config, DataSection
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.data.sources.labels import class_names
 from pipeline.errors import ConfigError, DataError
+from pipeline.storage import files
+from pipeline.storage.block_cache import BlockCache
+from pipeline.units import bytes_text
 
 Write = Callable[[str], None]
 
@@ -66,6 +69,28 @@ def open_sets(config: Config, world: World) -> list[ShardSet]:
             world.copy_to_nodes(shards.shards.file)
         check_fit(shards, config.data)
     return sets
+
+
+def with_cache(shards: ShardSet, section: DataSection, info: Write) -> ShardSet:
+    """The shard set, read through the cache of this node if it is remote and a directory is configured.
+
+    Args:
+        shards: the set.
+        section: `data` of the configuration.
+        info: gets a line about how much of the set the cache can hold.
+
+    Raises:
+        DataError: the directory cannot be written.
+    """
+    if section.cache is None:
+        return shards
+    if not files.is_remote(shards.url):
+        info(f"{shards.url} is local: data.cache is not used")
+        return shards
+    size = int(shards.shards.bytes.sum())
+    kept = bytes_text(min(section.cache_limit, size))
+    info(f"{section.cache}: keeps up to {kept} of {bytes_text(size)} of {shards.url}")
+    return replace(shards, cache=BlockCache(section.cache, section.cache_limit, shards.sha256[:12]))
 
 
 def check_fit(shards: ShardSet, section: DataSection) -> None:

@@ -78,8 +78,10 @@ def test_the_loader_gives_the_same_batches_and_counts_its_retries(
 def test_a_run_trained_from_there_has_the_same_weights(
     faulty: Faults, remote_digits: str, tiny_run: Path, tmp_path: Path
 ) -> None:
-    done = ddpm("train", *TINY, f"data.shards={remote_digits}", f"run.dir={tmp_path}/run", "train.steps=6")
+    done = ddpm("train", *TINY, f"data.shards={remote_digits}", f"data.cache={tmp_path}/cache", "train.steps=6",
+                f"run.dir={tmp_path}/run")  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/cache: keeps up to " in done.stderr + done.stdout
     for part in ("model", "ema", "optimizer"):
         name = f"checkpoints/step_00000006/{part}.safetensors"
         assert (tmp_path / "run" / name).read_bytes() == (tiny_run / name).read_bytes(), part

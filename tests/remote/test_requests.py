@@ -12,9 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import DataSection
+from pipeline.data.loading.batches import Batch, Batches, read_all, read_range
+from pipeline.data.loading.order import Order
 from pipeline.data.shards.index_file import write_index
 from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.shard_set import ShardSet
+from pipeline.errors import DataError
+from pipeline.storage import files
+from pipeline.training.datasets import with_cache
 from tests.conftest import ROOT
 from tests.launch import ddpm
 from tests.remote.faults import Faults
@@ -88,3 +94,43 @@ def test_a_part_reads_the_records_of_its_own_shards_only(requests: Callable[[], 
     shard(100, "--part", "1/2")
     second = requests()
     assert second["PUT"] == 3 * 9 + 2, second
+
+
+def test_later_epochs_and_starts_read_the_cache_of_the_node(
+    requests: Callable[[], Counter[str]], tmp_path: Path
+) -> None:
+    url = shard(300)  # 6 shards
+    section = DataSection(shards=url, cache=str(tmp_path / "cache"))
+    drawn: list[list[Batch]] = []
+    for cached, workers, expected in ((False, 0, None), (True, 0, 12), (True, 2, 0)):
+        shards = ShardSet.open(url)
+        shards = with_cache(shards, section, lambda line: None) if cached else shards
+        order = Order(1, shards.shard_samples, global_batch=120, lanes=4, window=16)
+        requests()
+        with Batches(shards, order, rank=0, world_size=1, first_sample=0, workers=workers, flip=False) as batches:
+            drawn.append([next(batches) for _ in range(40)])  # more than two epochs
+        asked = requests()
+        assert expected is None or asked == Counter(GET=expected), asked
+    for batch, first, again in zip(*drawn):
+        assert batch.images.equal(first.images) and batch.images.equal(again.images)
+
+
+def test_bytes_that_were_damaged_in_the_store_do_not_stay_in_the_cache(store: Faults, tmp_path: Path) -> None:
+    url = shard(900)
+    for ending in ("tar", "npy"):
+        section = DataSection(shards=url, cache=str(tmp_path / ending))
+        shards = with_cache(ShardSet.open(url), section, lambda line: None)
+        name = f"{url}/{shards.shards[0].stem}.{ending}"
+        data = files.read_bytes(name)
+        files.write_bytes(name, data[:2000] + b"damage" + data[2006:])
+        with pytest.raises(DataError, match=r"crc32 of the sidecar|sha256 of the index"):
+            read_all(shards)
+        files.write_bytes(name, data)
+        assert len(read_all(shards).images) == 1797
+
+
+def test_opening_a_shard_costs_three_requests(requests: Callable[[], Counter[str]]) -> None:
+    shards = ShardSet.open(shard(300))
+    requests()
+    read_range(shards, [0, 1, 2])
+    assert requests() == {"HEAD": 1, "GET": 2}

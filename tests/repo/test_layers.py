@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"model_section", "solvers", "units", "errors"},
     "config_file": {"config", "errors"},
     "storage": {"messages", "untrusted", "errors"},
-    "arguments": {"config", "config_file", "storage", "errors"},
+    "arguments": {"config", "config_file", "storage", "units", "errors"},
     "processes": {"errors"},
     "diffusion": {"config", "solvers", "errors"},
     "data": set(),

@@ -26,7 +26,8 @@ def refusal(old: Config, new: Config, steps_done: int = 100) -> str:
 
 CHANGES: dict[str, Any] = {
     "data.shards": "other", "data.val_shards": "v", "data.size": 64, "data.channels": 1, "data.flip": True,
-    "data.lanes": 8, "data.window": 7, "data.workers": 5, "model.base_channels": 64, "model.channel_mults": [1, 2],
+    "data.lanes": 8, "data.window": 7, "data.workers": 5,
+    "data.cache": "c", "data.cache_limit": 5, "model.base_channels": 64, "model.channel_mults": [1, 2],
     "model.blocks_per_level": 3, "model.attention_sizes": [8], "model.head_channels": 64, "model.norm_groups": 16,
     "model.dropout": 0.0, "model.num_classes": 10, "model.label_dropout": 0.2, "model.scale_shift": True,
     "model.learned_variance": True, "model.num_heads": 2, "model.norm_eps": 1e-5, "model.resample_blocks": True,
@@ -45,7 +46,8 @@ CHANGES: dict[str, Any] = {
     "run.dir": "runs/b", "run.checkpoint_every": 7, "run.keep_last": 5, "run.log_every": 3,
 }  # fmt: skip
 FREE = {
-    "data.shards", "data.val_shards", "data.workers", "train.global_batch", "train.steps",
+    "data.shards", "data.val_shards", "data.workers", "data.cache", "data.cache_limit",
+    "train.global_batch", "train.steps",
     "train.micro_batch", "train.checkpointing", "train.ema_device",
     "train.compile", "train.init_from", "train.device", "train.max_bad_steps", "sample.sampler", "sample.batch",
     "run.dir", "run.checkpoint_every", "run.keep_last", "run.log_every",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from itertools import cycle, islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from webdataset import DataPipeline
 
 from pipeline.data.images.preprocess import Rejected
 from pipeline.data.loading.order import Order, Place, rank_lanes
+from pipeline.data.loading.shard_reader import ShardReader, damage_message
 from pipeline.data.shards.index_tars import decoder
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import DataError, PipelineError
@@ -226,7 +226,7 @@ def read_range(shards: ShardSet, numbers: Sequence[int]) -> Batch:
     Raises:
         DataError: a sample is missing, damaged or undecodable.
     """
-    with closing(_Reader(shards)) as reader:
+    with closing(ShardReader(shards)) as reader:
         encoded = ((i, place, *reader.read(place)) for i in numbers for place in [_place(shards, i)])
         images = torch.empty((len(numbers), shards.channels, *shards.size), dtype=torch.uint8)
         chunk = _stacked(images.numpy(), _decode(shards, encoded))
@@ -240,53 +240,6 @@ def _place(shards: ShardSet, number: int) -> Place:
     return Place(shard, number - int(ends[shard - 1] if shard else 0))
 
 
-class _Reader:
-    """Reads samples from the shards. Read in the order of the tars, each shard is opened once and streamed."""
-
-    def __init__(self, shards: ShardSet) -> None:
-        self._shards = shards
-        self._shard = -1
-        self._rows: NDArray[np.void]
-        self._file: BinaryIO | None = None
-        self._at = 0
-
-    def read(self, place: Place) -> tuple[bytes, int]:
-        """Image file and label of a sample.
-
-        Raises:
-            DataError: the sample is missing, cut short or damaged.
-        """
-        shard, row = place
-        if shard != self._shard:
-            self.close()
-            self._rows = self._shards.sidecar(shard)
-            self._shard = shard
-        offset, length, crc32, image_offset, image_length, label = self._rows[row].item()
-        try:
-            if self._file is None:
-                self._file = self._shards.open_tar(shard, offset)
-            elif offset != self._at:
-                self._file.seek(offset)
-            data = self._file.read(length)
-        except OSError as error:
-            raise DataError(_damage(self._shards, place, f"cannot be read ({error})")) from error
-        self._at = offset + length
-        if len(data) < length:
-            raise DataError(_damage(self._shards, place, "is missing: the file is cut short"))
-        if zlib.crc32(data) != crc32:
-            raise DataError(_damage(self._shards, place, "does not have the crc32 of the sidecar"))
-        return data[image_offset : image_offset + image_length], label
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _damage(shards: ShardSet, place: Place, what: str) -> str:
-    return f"{shards.tar(place.shard)}: the sample in row {place.row} {what}; `ddpm verify {shards.url}` names all such"
-
-
 def _own_lanes(lanes: range) -> range:
     """The lanes of the rank that this loader process reads."""
     info = get_worker_info()
@@ -297,15 +250,15 @@ def _own_lanes(lanes: range) -> range:
 
 def _read_lanes(shards: ShardSet, order: Order, lanes: range, start: int) -> Iterator[_Encoded]:
     """Stage 1: lane after lane, G/V samples of each, step by step."""
-    streams = [_read_lane(shards, order, lane, start) for lane in _own_lanes(lanes)]
+    streams = [_read_lane(ShardReader(shards), order, lane, start) for lane in _own_lanes(lanes)]
     while True:
         for stream in streams:
             yield from islice(stream, order.global_batch // order.lanes)
 
 
-def _read_lane(shards: ShardSet, order: Order, lane: int, start: int) -> Iterator[_Encoded]:
+def _read_lane(reader: ShardReader, order: Order, lane: int, start: int) -> Iterator[_Encoded]:
     held: dict[Place, tuple[bytes, int]] = {}
-    with closing(_Reader(shards)) as reader:
+    with closing(reader):
         for position, place, reads in order.lane_stream(lane, start):
             for ahead in reads:
                 held[ahead] = reader.read(ahead)
@@ -319,9 +272,9 @@ def _decode(shards: ShardSet, samples: Iterable[_Encoded]) -> Iterator[_Decoded]
         try:
             image = decode(data)
         except Rejected as error:
-            raise DataError(_damage(shards, place, "is no image")) from error
+            raise DataError(damage_message(shards, place, "is no image")) from error
         if image.shape != shape:
-            raise DataError(_damage(shards, place, f"is {image.shape}, the index says {shape}"))
+            raise DataError(damage_message(shards, place, f"is {image.shape}, the index says {shape}"))
         yield position, label, image
 
 

@@ -19,7 +19,8 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.shard_table import ShardSizes, ShardTable
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
+from pipeline.storage.block_cache import BlockCache
 
 REJECTED = "rejected.jsonl"
 SIDECAR = np.dtype(
@@ -43,6 +45,7 @@ SIDECAR = np.dtype(
         ("label", "<i4"),  # class number, -1: none
     ]
 )
+_MAX_HEADER = 1 << 12  # bytes of a sidecar before its rows
 _FIX = "run the command that made the set again: it makes only what is missing, or restore it from a copy"
 _REMAKE = "restore it from a copy, or make the set again with --overwrite"
 
@@ -214,6 +217,8 @@ class ShardSet:
     counts: dict[str, Any]
     tar_locations: tuple[str, ...] = ()
     """Directories and URL prefixes outside of the set in which its tars may lie; `places` in the index."""
+    cache: BlockCache | None = field(default=None, compare=False)
+    """The cache of this node, through which tars and sidecars of a remote set are read."""
 
     @staticmethod
     def open(url: str) -> ShardSet:
@@ -258,8 +263,11 @@ class ShardSet:
         Raises:
             DataError: it is missing, or has another size than in the index.
         """
-        tar, expected = self.tar(i), self.shards[i].bytes
+        record, tar = self.shards[i], self.tar(i)
+        expected = record.bytes
         try:
+            if self.cache:  # its blocks are of a file with this hash, whatever the store has now
+                return files.open_read(tar, offset, expected, partial(self.cache.get, record.sha256))
             if (size := files.size(tar)) != expected:
                 raise DataError(f"{tar} is cut short or changed: {size} bytes, the index says {expected}: {_FIX}")
             return files.open_read(tar, offset, expected)
@@ -280,14 +288,20 @@ class ShardSet:
         Raises:
             DataError: missing or damaged.
         """
-        record = self.shards[i]
-        file = self.sidecar_path(i)
+        record, file = self.shards[i], self.sidecar_path(i)
+
+        def load() -> bytes:
+            data = files.read_bytes(file, at_most=SIDECAR.itemsize * record.samples + _MAX_HEADER)
+            if not _has_sha256(data, record.sidecar_sha256):
+                data = files.read_bytes(file)
+            if not _has_sha256(data, record.sidecar_sha256):
+                raise DataError(f"{file} does not have the sha256 of the index: damaged or of another shard; {_REMAKE}")
+            return data
+
         try:
-            data = files.read_bytes(file)
+            data = self.cache.get(record.sidecar_sha256, 0, load) if self.cache else load()
         except FileNotFoundError as error:
             raise DataError(f"{file} is missing: {_FIX}") from error
-        if hashlib.sha256(data).hexdigest() != record.sidecar_sha256:
-            raise DataError(f"{file} does not have the sha256 of the index: damaged or of another shard; {_REMAKE}")
         rows = untrusted.array_rows(data, SIDECAR, file)
         if len(rows) != record.samples:
             raise DataError(f"{file} holds {len(rows)} rows, not {record.samples}; {_REMAKE}")
@@ -297,3 +311,7 @@ class ShardSet:
     def shard_samples(self) -> ShardSizes:
         """Samples in each shard."""
         return ShardSizes(self.shards)
+
+
+def _has_sha256(data: bytes, sha256: str) -> bool:
+    return hashlib.sha256(data).hexdigest() == sha256
