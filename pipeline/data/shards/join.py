@@ -65,24 +65,44 @@ class Counts:
         return {"counts": counts, "rejected": self._rejected}
 
 
-def totals(records: Iterable[ShardRecord], classes: Sequence[str] | None) -> dict[str, Any]:
+class Totals:
     """The `counts` of the index: the sums over the shards, with classes by name.
 
     `sizes` counts images by the power of two that their short side, in pixels, as stored, reaches.
     """
-    parts = [record.extra["counts"] for record in records]
-    sums: dict[str, Counter[str]] = {name: Counter() for name in ("rejected", "transforms", "sizes", "classes")}
-    for part in parts:
-        for name, counter in sums.items():
-            counter.update(part[name])
-    return {
-        "inputs": sum(part["inputs"] for part in parts),
-        "taken": sum(part["taken"] for part in parts),
-        "rejected": dict(sorted(sums["rejected"].items())),
-        "transforms": dict(sorted(sums["transforms"].items())),
-        "sizes": dict(sorted(sums["sizes"].items(), key=lambda item: int(item[0]))),
-        "classes": None if classes is None else {name: sums["classes"][str(i)] for i, name in enumerate(classes)},
-    }
+
+    def __init__(self) -> None:
+        self._numbers: Counter[str] = Counter(inputs=0, taken=0)
+        self._sums: dict[str, Counter[str]] = {
+            name: Counter() for name in ("rejected", "transforms", "sizes", "classes")
+        }
+
+    def add(self, record: ShardRecord) -> None:
+        """Add the counts of a shard's record."""
+        counts = record.extra["counts"]
+        for name in self._numbers:
+            self._numbers[name] += counts[name]
+        for name, sums in self._sums.items():
+            sums.update(counts[name])
+
+    def as_json(self, classes: Sequence[str] | None) -> dict[str, Any]:
+        """The sums; `classes` are the names by class number."""
+        by_class = self._sums["classes"]
+        return {
+            **self._numbers,
+            "rejected": dict(sorted(self._sums["rejected"].items())),
+            "transforms": dict(sorted(self._sums["transforms"].items())),
+            "sizes": dict(sorted(self._sums["sizes"].items(), key=lambda item: int(item[0]))),
+            "classes": None if classes is None else {name: by_class[str(i)] for i, name in enumerate(classes)},
+        }
+
+
+def totals(records: Iterable[ShardRecord], classes: Sequence[str] | None) -> dict[str, Any]:
+    """The `counts` of an index of these shards."""
+    sums = Totals()
+    for record in records:
+        sums.add(record)
+    return sums.as_json(classes)
 
 
 def publish(

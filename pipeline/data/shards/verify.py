@@ -9,15 +9,16 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.shards import set_identity
+from pipeline.data.shards import record_files, set_identity
 from pipeline.data.shards.index_file import INDEX, settings_sha256
 from pipeline.data.shards.index_tars import decoder
-from pipeline.data.shards.join import totals
+from pipeline.data.shards.join import Totals
 from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.sample_check import SampleChecker
 from pipeline.data.shards.shard_set import REJECTED, SIDECAR, ShardSet, rejected_lines
@@ -26,6 +27,7 @@ from pipeline.processes.pool import exit_cause
 from pipeline.storage import files
 from pipeline.untrusted import printable
 
+_TOGETHER = 1024  # records that are read by several threads
 _BLOCK, _PIECE = tarfile.BLOCKSIZE, 1 << 20
 _SHARD_FILE = re.compile(r".*\d{6,}\.(tar|npy|json)")
 _UNREADABLE = (DataError, OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -74,10 +76,13 @@ def verify(url: str, check_shards: Check = in_turn) -> list[str]:
 
 def _verify_names(shards: ShardSet, names: list[str]) -> Iterator[str]:
     """Shards that the index lists twice, and shard files that it does not list."""
-    known = {record.stem for record in shards.shards}
-    if len(known) < len(shards.shards) or len({record.name for record in shards.shards}) < len(shards.shards):
+    known, tars = set[str](), set[str]()
+    for record in shards.shards:
+        known.add(record.stem)
+        tars.add(record.name.removesuffix(".tar"))
+    if min(len(known), len(tars)) < len(shards.shards):
         yield f"{INDEX}: a shard is listed twice"
-    known |= {record.name.removesuffix(".tar") for record in shards.shards}
+    known |= tars
     for name in names:
         if _SHARD_FILE.fullmatch(name) and name.rsplit(".", 1)[0] not in known:
             yield f"{name}: not in the index (renamed, or left by another job)"
@@ -119,40 +124,69 @@ def _verify_sums(shards: ShardSet) -> Iterator[str]:
     taken = shards.counts.get("taken")
     if taken != shards.samples and (shards.counts or "checkpoint_sha256" in shards.settings):
         yield f"{INDEX}: `counts` has {taken} taken, the shards have {shards.samples} samples"
-    records = [record for i in range(len(shards.shards)) if (record := _record(shards, i)[0])]
-    if not any("counts" in record.extra for record in records):
-        return
+    sums = _Sums()
     try:
-        yield from _verify_rejected(shards, records)
-        if len(records) == len(shards.shards):
-            yield from _verify_totals(shards, records)
+        for record in _records(shards):
+            if "counts" in record.extra:
+                sums.add(record)
+        if sums.records:
+            yield from sums.verify_rejected(shards)
+        if sums.records == len(shards.shards):
+            yield from sums.verify_totals(shards)
     except _UNREADABLE as error:
         yield f"{INDEX}: cannot be compared with the sums of the records ({error!r})"
 
 
-def _verify_rejected(shards: ShardSet, records: list[ShardRecord]) -> Iterator[str]:
-    path, lines = files.join(shards.url, REJECTED), rejected_lines(records)
-    if not files.exists(path) or files.read_bytes(path) != lines:
-        yield f"{REJECTED}: missing, or not what the shards' records say"
-    missing = shards.counts["inputs"] - shards.samples - lines.count(b"\n")
-    if missing:
-        yield f"{INDEX}: {missing} of {shards.counts['inputs']} inputs are neither a sample nor in {REJECTED}"
+def _records(shards: ShardSet) -> Iterator[ShardRecord]:
+    """The records that can be read, in the order of the shards, several at a time."""
+    for first in range(0, len(shards.shards), _TOGETHER):
+        numbers = range(first, min(first + _TOGETHER, len(shards.shards)))
+        for record, _problem in record_files.together(partial(_record, shards), numbers):
+            if record:
+                yield record
 
 
-def _verify_totals(shards: ShardSet, records: list[ShardRecord]) -> Iterator[str]:
-    counts, sums = shards.counts, totals(records, shards.classes)
-    wrong = [name for name in counts | sums if counts.get(name) != sums.get(name)]
-    if list(sums["classes"] or ()) != list(counts["classes"] or ()):
-        wrong.append("the order of classes")
-    if wrong:
-        yield f"{INDEX}: `counts` or `classes` are not what the records add up to: {', '.join(wrong)}"
-    sources = [record.extra["source"] for record in records if "source" in record.extra]
-    if sources and shards.source not in sources:
-        yield f"{INDEX}: `source` is that of no record"
-    if shards.settings.get("foreign") and shards.settings.get("size") is None:
-        sizes = {str(size) for record in records for size in record.extra["picture_sizes"]}
-        if sizes != {"x".join(map(str, shards.size))}:
-            yield f"{INDEX}: `size` is {list(shards.size)}, the records have {', '.join(sorted(sizes))}"
+class _Sums:
+    """What the records of a set add up to; they are not kept, as there may be a million."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self._totals, self._sources, self._sizes = Totals(), list[Any](), set[str]()
+        self._rejected, self._lines = hashlib.sha256(), 0
+
+    def add(self, record: ShardRecord) -> None:
+        """Add a record that has counts."""
+        self.records += 1
+        self._totals.add(record)
+        lines = rejected_lines([record])
+        self._rejected.update(lines)
+        self._lines += lines.count(b"\n")
+        self._sizes.update(map(str, record.extra.get("picture_sizes", ())))
+        if "source" in record.extra and record.extra["source"] not in self._sources:
+            self._sources.append(record.extra["source"])
+
+    def verify_rejected(self, shards: ShardSet) -> Iterator[str]:
+        """The list of rejected inputs against the lines in the records."""
+        path = files.join(shards.url, REJECTED)
+        if not files.exists(path) or files.sha256(path) != self._rejected.hexdigest():
+            yield f"{REJECTED}: missing, or not what the shards' records say"
+        missing = shards.counts["inputs"] - shards.samples - self._lines
+        if missing:
+            yield f"{INDEX}: {missing} of {shards.counts['inputs']} inputs are neither a sample nor in {REJECTED}"
+
+    def verify_totals(self, shards: ShardSet) -> Iterator[str]:
+        """The totals, the source and the size of the images against those of the records."""
+        counts, sums = shards.counts, self._totals.as_json(shards.classes)
+        wrong = [name for name in counts | sums if counts.get(name) != sums.get(name)]
+        if list(sums["classes"] or ()) != list(counts["classes"] or ()):
+            wrong.append("the order of classes")
+        if wrong:
+            yield f"{INDEX}: `counts` or `classes` are not what the records add up to: {', '.join(wrong)}"
+        if self._sources and shards.source not in self._sources:
+            yield f"{INDEX}: `source` is that of no record"
+        is_of_tars = bool(shards.settings.get("foreign")) and shards.settings.get("size") is None
+        if is_of_tars and self._sizes != {"x".join(map(str, shards.size))}:
+            yield f"{INDEX}: `size` is {list(shards.size)}, the records have {', '.join(sorted(self._sizes))}"
 
 
 def check(shards: ShardSet, numbers: Iterable[int], check_stop: Callable[[], None]) -> Iterator[list[str]]:
