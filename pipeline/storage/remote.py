@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
@@ -25,6 +25,7 @@ from fsspec.core import split_protocol
 
 from pipeline import messages
 from pipeline.errors import ConfigError, DataError
+from pipeline.processes.background import Background
 from pipeline.untrusted import printable
 
 Result = TypeVar("Result")
@@ -220,7 +221,7 @@ class _RangedFile(io.RawIOBase):
     def _take(self) -> bytes:
         """The block from here on; the request for the one after it begins."""
         request = self._next or self._request(self._at)
-        data = request.result()[request.skipped :]
+        data = request.data.result()[request.skipped :]
         if len(data) < request.length - request.skipped:
             RETRIES.add(self._url, f"{len(data)} bytes instead of {request.length}", note=True)
         end = self._at + len(data)
@@ -231,42 +232,21 @@ class _RangedFile(io.RawIOBase):
     def _request(self, start: int) -> _Request:
         if self._cached is None:
             length = min(self._length, self._size - start)
-            return _Request(partial(read_range, self._url, start, length), length)
+            return _Request(Background(partial(read_range, self._url, start, length)), length)
         number, skipped = divmod(start, BLOCK_BYTES)
         length = min(BLOCK_BYTES, self._size - (start - skipped))
         load = partial(complete_range, self._url, start - skipped, length)
-        return _Request(partial(self._cached, number, load), length, skipped)
+        return _Request(Background(partial(self._cached, number, load)), length, skipped)
 
 
-class _Request:
-    """One range of a file, read in a thread, which does not delay the end of the process.
+class _Request(NamedTuple):
+    """One range of a file that is under way."""
 
-    Args:
-        read: reads it.
-        length: bytes that are expected.
-        skipped: bytes at its beginning that are not wanted.
-    """
-
-    def __init__(self, read: Callable[[], bytes], length: int, skipped: int = 0) -> None:
-        self.length, self.skipped = length, skipped
-        self._read = read
-        self._data = b""
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._data = self._read()
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> bytes:
-        """The bytes, at least one. Raises the same as `attempt`."""
-        self._thread.join()
-        if self._error:
-            raise self._error
-        return self._data
+    data: Background[bytes]
+    length: int
+    """Bytes that are expected."""
+    skipped: int = 0
+    """Bytes at its beginning that are not wanted."""
 
 
 def read_range(url: str, start: int, length: int) -> bytes:

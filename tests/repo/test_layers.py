@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_section": set(),
     "config": {"model_section", "solvers", "units", "errors"},
     "config_file": {"config", "errors"},
-    "storage": {"messages", "untrusted", "errors"},
+    "storage": {"messages", "processes", "untrusted", "errors"},
     "arguments": {"config", "config_file", "storage", "units", "errors"},
     "processes": {"errors"},
     "diffusion": {"config", "solvers", "errors"},

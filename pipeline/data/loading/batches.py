@@ -12,11 +12,12 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from webdataset import DataPipeline
 
 from pipeline.data.images.preprocess import Rejected
-from pipeline.data.loading.order import Order, Place, rank_lanes
+from pipeline.data.loading.order import Item, Order, Place, rank_lanes
 from pipeline.data.loading.shard_reader import ShardReader, damage_message
 from pipeline.data.shards.index_tars import decoder
 from pipeline.data.shards.shard_set import ShardSet
@@ -42,6 +43,7 @@ from pipeline.storage import files
 
 _GRACE_S = 2.0
 _PREFETCH_STEPS = 2  # steps that a worker is ahead of the rank
+_PREPARED_ITEMS = 32  # samples of a lane before the first of another shard at which it begins to be opened
 _DRAWN_STEPS = 32  # flips are drawn for so many steps at a time; no effect on their values
 
 
@@ -250,19 +252,36 @@ def _own_lanes(lanes: range) -> range:
 
 def _read_lanes(shards: ShardSet, order: Order, lanes: range, start: int) -> Iterator[_Encoded]:
     """Stage 1: lane after lane, G/V samples of each, step by step."""
-    streams = [_read_lane(ShardReader(shards), order, lane, start) for lane in _own_lanes(lanes)]
+    streams = []
+    for lane in _own_lanes(lanes):
+        reader = ShardReader(shards)
+        items = _prepared(reader, order.lane_stream(lane, start))
+        streams.append(_read_lane(reader, chain([next(items)], items)))  # all lanes open their first shards together
     while True:
         for stream in streams:
             yield from islice(stream, order.global_batch // order.lanes)
 
 
-def _read_lane(reader: ShardReader, order: Order, lane: int, start: int) -> Iterator[_Encoded]:
+def _read_lane(reader: ShardReader, items: Iterable[Item]) -> Iterator[_Encoded]:
     held: dict[Place, tuple[bytes, int]] = {}
     with closing(reader):
-        for position, place, reads in order.lane_stream(lane, start):
+        for position, place, reads in items:
             for ahead in reads:
                 held[ahead] = reader.read(ahead)
             yield position, place, *held.pop(place)
+
+
+def _prepared(reader: ShardReader, items: Iterator[Item]) -> Iterator[Item]:
+    """The items; the reader prepares the shards that they read some items earlier."""
+    ahead, shard = deque[Item](), -1
+    for item in items:
+        for place in item.reads:
+            if place.shard != shard:
+                reader.prepare(place)
+                shard = place.shard
+        ahead.append(item)
+        if len(ahead) > _PREPARED_ITEMS:
+            yield ahead.popleft()
 
 
 def _decode(shards: ShardSet, samples: Iterable[_Encoded]) -> Iterator[_Decoded]:

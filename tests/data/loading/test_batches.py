@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.data.images.preprocess import encode
 from pipeline.data.loading.batches import Batch, Batches, read_all
 from pipeline.data.loading.order import Order
+from pipeline.data.loading.shard_reader import ShardReader
 from pipeline.data.shards.index_file import write_index
 from pipeline.data.shards.shard_set import Sample, ShardSet, pack, write_shard
 from pipeline.errors import ConfigError, DataError
@@ -410,3 +411,37 @@ def test_closed_batches_give_no_more_and_close_twice(shards: ShardSet) -> None:
     batches.close()
     with pytest.raises(ValueError, match="closed"):
         next(batches)
+
+
+def test_shards_of_a_store_are_opened_before_their_samples_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each lane's next shard 32 samples earlier, and at the start the first shards of all lanes together."""
+    shards = write_set("memory://opened/early", (40,) * 6)
+    order = order_of(shards, global_batch=4, lanes=2, window=1)
+    calls: list[tuple[str, int]] = []
+    sidecar, read = ShardSet.sidecar, ShardReader.read
+    monkeypatch.setattr(ShardSet, "sidecar", lambda self, i: calls.append(("open", i)) or sidecar(self, i))
+    monkeypatch.setattr(
+        ShardReader, "read", lambda self, place: calls.append(("read", place.shard)) or read(self, place)
+    )
+    with Batches(shards, order, rank=0, world_size=1, first_sample=0, workers=0, flip=False) as batches:
+        drawn = [next(batches) for _ in range(60)]
+    assert {kind for kind, _ in calls[:2]} == {"open"} and len({shard for _, shard in calls[:2]}) == 2
+    first_opened = {shard: calls.index(("open", shard)) for shard in range(6)}
+    for shard, at in first_opened.items():
+        first_read = calls.index(("read", shard))
+        assert at < first_read and (at < 2 or sum(kind == "read" for kind, _ in calls[at:first_read]) >= 32)
+    assert sorted(torch.cat([batch.labels for batch in drawn]).tolist()) == list(range(240))
+
+
+@pytest.mark.parametrize("gone", ["tar", "npy"])
+def test_a_shard_that_is_gone_is_an_error_of_the_sample_that_needs_it(gone: str) -> None:
+    shards = write_set(f"memory://gone/{gone}", (40, 40))
+    order = order_of(shards, global_batch=1, lanes=1, window=1)
+    last = order.lane_stream(0, 0)
+    second = [next(last).place.shard for _ in range(80)][-1]
+    files.remove(f"{shards.url}/set-{second:06d}.{gone}")
+    with Batches(shards, order, rank=0, world_size=1, first_sample=0, workers=0, flip=False) as batches:
+        for _ in range(40):
+            next(batches)
+        with pytest.raises(DataError, match=f"set-{second:06d}.{gone} is missing"):
+            next(batches)
