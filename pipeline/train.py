@@ -13,6 +13,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from math import inf
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -283,11 +284,10 @@ def _stop(trainer: Trainer, reason: str) -> None:
 
 
 def _heartbeat(config: Config, ranks: World) -> Heartbeat:
-    def stalled(diagnosis: str) -> None:
-        messages.warning(f"rank {ranks.rank} makes no progress: {diagnosis}")
-        failure.record_stall(config.run.dir, heartbeat, diagnosis)
-
-    heartbeat = Heartbeat(config.run.dir, ranks.rank, ranks.size, patience_s=0.7 * config.run.timeout, on_stall=stalled)
+    heartbeat = Heartbeat(
+        config.run.dir, ranks.rank, ranks.size, start=ranks.broadcast_object(uuid4().hex),
+        patience_s=0.7 * config.run.timeout, on_stall=lambda: failure.report_stall(config.run.dir, heartbeat),
+    )  # fmt: skip
     return heartbeat
 
 

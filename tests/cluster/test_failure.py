@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster import failure, heartbeat
+from pipeline.cluster import failure, heartbeat, node_directory
 from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.errors import ConfigError, DataError, NoCheckpoint, PipelineError, RankLost, RunHeld, Stopped
 from pipeline.storage import files
 
 
 @pytest.fixture(autouse=True)
-def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+def _hurried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
+    monkeypatch.setattr(heartbeat, "WRITE_S", 0.05)
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(node_directory, "MEMORY", str(tmp_path / "memory"))
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def run(tmp_path: Path) -> str:
 
 
 def at(run: str, rank: int, step: int, phase: str) -> Heartbeat:
-    beat = Heartbeat(run, rank, 2, patience_s=1e6, on_stall=print)
+    beat = Heartbeat(run, rank, 2, start="s", patience_s=1e6, on_stall=lambda: None)
     beat.begin_phase(step, phase)
     return beat
 
@@ -89,11 +92,8 @@ def test_a_rank_that_loses_contact_names_the_rank_that_failed_first(run: str) ->
 
 
 def test_a_rank_that_loses_contact_names_the_last_phase_of_a_killed_rank(run: str) -> None:
-    with Heartbeat(run, 1, 2, patience_s=1e6, on_stall=print) as other:
-        other.begin_phase(6, "update")
-        other._beat()
-        files.write_bytes(f"{run}/kept", Path(run, "control/ranks/00001.json").read_bytes())
-    Path(run, "kept").replace(Path(run, "control/ranks/00001.json"))  # killed there
+    killed = at(run, 1, 6, "update")
+    killed._beat()
     with at(run, 0, 7, "update") as mine:
         mine.begin_phase(7, "update")
         with pytest.raises(RankLost, match=r"lost contact at step 7 in update: rank 1 \(process .*\), silent, last "
