@@ -297,7 +297,7 @@ def _make_trainer(config: Config, ranks: World, point: ResumePoint) -> tuple[Tra
     if point.checkpoint:
         origin = f"resuming at step {point.step} from {point.checkpoint.path}"
     elif config.train.init_from:
-        model = load_for_training(config.train.init_from, config, point.classes)
+        model = ranks.on_rank0(lambda: load_for_training(config.train.init_from, config, point.classes))
         weights, step = model.weights, model.state.get("step")
         origin += f" with the weights of {config.train.init_from}" + f" (step {step})" * (step is not None)
     trainer = Trainer(config, ranks, weights)

@@ -37,6 +37,8 @@ WRITES_PER_S = 40.0
 _DEAD_BEATS = 4
 """A rank that has missed so many heartbeats is dead or frozen for the others of its node."""
 _READERS = 16
+_GOLDEN_RATIO = 0.618034
+"""Its multiples spread evenly between whole numbers."""
 
 
 class Heartbeat:
@@ -64,11 +66,11 @@ class Heartbeat:
         """The ranks of this node, ascending."""
         self._changes: dict[int, tuple[tuple[int, int], float]] = {}
         """Rank of this node → version of its record, and when this rank saw it first."""
-        self._written_at = time.monotonic()
+        self._written_at, self._has_written = time.monotonic(), False
 
     def __enter__(self) -> Heartbeat:
         self.node.enter()
-        self._written_at = time.monotonic()  # the other ranks of the node need a moment to write their records
+        self._written_at = time.monotonic()
         self._beat()
         self._every = Periodic(min(BEAT_S, self._patience_s / 3), self._watch, "heartbeat")
         return self
@@ -139,7 +141,10 @@ class Heartbeat:
             if rank not in self._changes or self._changes[rank][0] != version:
                 self._changes[rank] = version, now
         self._ranks = sorted({self.rank, *versions})
-        if now - self._written_at >= self.write_s and self._writes_for_node():
+        wait_s = self.write_s
+        if not self._has_written:  # the ranks of a node need a moment to write their records; and not all nodes at once
+            wait_s = BEAT_S + self.write_s * (self.rank * _GOLDEN_RATIO % 1)
+        if now - self._written_at >= wait_s and self._writes_for_node():
             self._write()
 
     def _writes_for_node(self) -> bool:
@@ -150,7 +155,7 @@ class Heartbeat:
         return time.monotonic() - self._changes[rank][1] > _DEAD_BEATS * BEAT_S
 
     def _write(self) -> None:
-        self._written_at = time.monotonic()
+        self._written_at, self._has_written = time.monotonic(), True
         content = {"start": self._start, "ranks": [asdict(beat) for beat in self._of_node()]}
         with suppress(PipelineError, OSError):  # saving reports a full disk or a missing mount
             files.write_bytes(self._run.node_heartbeats(self._ranks[0]), json.dumps(content).encode(), durable=False)
