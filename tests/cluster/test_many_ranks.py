@@ -17,8 +17,10 @@ import pytest
 
 from pipeline.cluster import heartbeat
 from pipeline.cluster.heartbeat import Heartbeat
+from tests import warm
 from tests.cluster import forked_ranks
 from tests.conftest import ROOT
+from tests.launch import ENVIRONMENT
 
 RANKS, OF_NODE = 64, 8
 NODES = RANKS // OF_NODE
@@ -106,6 +108,59 @@ def test_64_processes_write_a_file_a_node_and_name_the_dead_and_the_frozen_also_
     assert sum(function == "read_json" and "/nodes/" in path for _, function, path in done) == 2 * NODES
     assert functions["create", "diagnosing.json"] <= NODES and functions["create", "FAILED.json"] == 1, functions
     assert functions["read_json", "FAILED.json"] <= NODES * (seconds / EVERY_S + 3), functions
+
+
+# --- 64 gloo processes, forked from one that has imported torch ---
+
+TOGETHER = """
+import os, sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from pipeline.cluster.world import World
+from pipeline.errors import DataError
+place, size = sys.argv[1], int(sys.argv[2])
+pids = []
+for rank in range(size):
+    pids.append(os.fork())
+    if pids[-1] == 0:
+        break
+else:
+    sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
+store = dist.FileStore(f"{place}/store", size)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=90))
+world = World(None, rank, size, torch.device("cpu"))
+calls = []
+def read():
+    calls.append(rank)
+    return {"read by": rank, "bytes": b"x" * 1_000_000}
+def fail():
+    calls.append(rank)
+    raise DataError("the shard set is gone")
+got = world.on_rank0(read)
+assert got["read by"] == 0 and len(got["bytes"]) == 1_000_000, got
+try:
+    world.on_rank0(fail)
+    raise AssertionError("no error")
+except DataError as error:
+    assert str(error) == "the shard set is gone" and error.is_told_elsewhere == (rank > 0)
+weights = torch.full((1000,), float(rank))
+world.broadcast_([weights])
+assert weights.sum() == 0
+assert world.broadcast_object(f"start {rank}") == "start 0"
+assert world.all_reduce_max(rank, rank == 17, False) == [size - 1, 1, 0]
+assert calls == ([0, 0] if rank == 0 else [])
+open(f"{place}/done-{rank}", "x").close()
+dist.barrier()
+os._exit(0)
+"""
+
+
+def test_what_rank_0_does_for_63_others_is_done_once_and_reaches_all(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TOGETHER, str(tmp_path), str(RANKS)]
+    ended = warm.run(command, timeout_s=100, env=ENVIRONMENT, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert len(list(tmp_path.glob("done-*"))) == RANKS
 
 
 # --- a thousand ranks in one process, with a clock of their own ---
