@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from math import inf
 from typing import Any
 from uuid import uuid4
@@ -297,7 +298,7 @@ def _make_trainer(config: Config, ranks: World, point: ResumePoint) -> tuple[Tra
     if point.checkpoint:
         origin = f"resuming at step {point.step} from {point.checkpoint.path}"
     elif config.train.init_from:
-        model = ranks.on_rank0(lambda: load_for_training(config.train.init_from, config, point.classes))
+        model = ranks.on_rank0(partial(load_for_training, config.train.init_from, config, point.classes))
         weights, step = model.weights, model.state.get("step")
         origin += f" with the weights of {config.train.init_from}" + f" (step {step})" * (step is not None)
     trainer = Trainer(config, ranks, weights)

@@ -52,7 +52,7 @@ class Heartbeat:
         size: number of ranks.
         start: identifies this start of the run, the same on all ranks.
         patience_s: seconds in one phase after which `on_stall` is called, once a phase.
-        on_stall: called in the thread of the heartbeat.
+        on_stall: called in a thread of the heartbeat.
     """
 
     def __init__(
@@ -72,11 +72,15 @@ class Heartbeat:
         self.node.enter()
         self._written_at = time.monotonic()
         self._beat()
-        self._every = Periodic(min(BEAT_S, self._patience_s / 3), self._watch, "heartbeat")
+        period_s = min(BEAT_S, self._patience_s / 3)
+        # In another thread than the beats: the storage of the run may be slow, which is no sign of a dead rank.
+        self._writing = Periodic(period_s, self._watch, "heartbeats of the node")
+        self._beating = Periodic(period_s, self._beat, "heartbeat")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._every.stop()
+        self._writing.stop()
+        self._beating.stop()
         if kind is None:
             self.begin_phase(self.step, "ended")
             self._beat()
@@ -115,16 +119,15 @@ class Heartbeat:
         write if the one that did is dead; 10 seconds for up to 120 nodes.
         """
         before = self._read_nodes()
-        until = time.monotonic() + _watch_s(
-            max([_write_s(self._size, len(beats)) for beats in before], default=WRITE_S)
-        )
+        longest_s = max([self.write_s, *(_write_s(self._size, len(beats)) for beats in before)])
+        until = time.monotonic() + _watch_s(longest_s)
         while time.monotonic() < until:
             time.sleep(BEAT_S)
-            self._beat()  # this may be the thread that beats
+            self._write_if_due()  # this may be the thread that writes
         return diagnose(_newest(before), _newest(self._read_nodes()), self._own(), self._size)
 
     def _watch(self) -> None:
-        self._beat()
+        self._write_if_due()
         is_stalled = time.monotonic() - self._phase_began > self._patience_s + self.head_start_s
         if is_stalled and not self._has_reported and self._writes_for_node():
             self._has_reported = True
@@ -135,16 +138,19 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self._beats += 1
-        self.node.write_record(self.rank, json.dumps(asdict(self._own())).encode())
-        versions, now = self.node.versions(), time.monotonic()
+        is_written = self.node.write_record(self.rank, json.dumps(asdict(self._own())).encode())
+        # Where the memory is full, or nothing may be written, each rank is a node of its own.
+        versions, now = self.node.versions() if is_written else {}, time.monotonic()
         for rank, version in versions.items():
             if rank not in self._changes or self._changes[rank][0] != version:
                 self._changes[rank] = version, now
         self._ranks = sorted({self.rank, *versions})
+
+    def _write_if_due(self) -> None:
         wait_s = self.write_s
         if not self._has_written:  # the ranks of a node need a moment to write their records; and not all nodes at once
             wait_s = BEAT_S + self.write_s * (self.rank * _GOLDEN_RATIO % 1)
-        if now - self._written_at >= wait_s and self._writes_for_node():
+        if time.monotonic() - self._written_at >= wait_s and self._writes_for_node():
             self._write()
 
     def _writes_for_node(self) -> bool:
@@ -165,7 +171,7 @@ class Heartbeat:
         beats = [self._own()]
         for rank, data in self.node.records().items():
             with suppress(ValueError, TypeError):
-                if rank in self._changes and rank != self.rank:
+                if rank in self._ranks and rank != self.rank:
                     beats.append(replace(Beat(**json.loads(data)), silent=self._is_silent(rank)))
         return sorted(beats, key=lambda beat: beat.rank)
 

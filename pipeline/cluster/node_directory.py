@@ -58,10 +58,12 @@ class NodeDirectory:
                 fcntl.flock(self._presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 files.remove(self._path)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a whole file atomically."""
+    def write(self, name: str, data: bytes) -> bool:
+        """Write a whole file atomically; returns whether it is written."""
         with suppress(PipelineError, OSError):
             files.write_bytes(os.path.join(self._path, name), data, durable=False)
+            return True
+        return False
 
     def read(self, name: str) -> bytes | None:
         """Read a whole file; None if there is none."""
@@ -69,9 +71,9 @@ class NodeDirectory:
             return files.read_bytes(os.path.join(self._path, name))
         return None
 
-    def write_record(self, rank: int, data: bytes) -> None:
-        """Replace the record of a rank."""
-        self.write(f"{rank:05d}.json", data)
+    def write_record(self, rank: int, data: bytes) -> bool:
+        """Replace the record of a rank; returns whether it is written."""
+        return self.write(f"{rank:05d}.json", data)
 
     def records(self) -> dict[int, bytes]:
         """The record of each rank that has written one, in ascending order of ranks."""

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -211,6 +213,22 @@ def test_heartbeats_work_on_an_object_store_and_may_fail_to_be_written(tmp_path:
     (tmp_path / "file").touch()
     with of_rank(f"{tmp_path}/file/run", 0, 1) as mine:
         mine.begin_phase(1, "data")
+
+
+def test_a_rank_whose_storage_is_slow_is_not_dead_for_its_node(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with of_rank(run, 0, 2) as slow, of_rank(run, 1, 2) as other:
+        wait_until(lambda: seen(run, 1) != (-1, ""))
+        write, released = files.write_bytes, threading.Event()
+
+        def hanging(url: str, *arguments: Any, **options: Any) -> None:
+            if url.startswith(run):
+                released.wait(60)
+            write(url, *arguments, **options)
+
+        monkeypatch.setattr(files, "write_bytes", hanging)
+        time.sleep(10 * heartbeats.BEAT_S)
+        assert not other._writes_for_node() and slow._writes_for_node()
+        released.set()
 
 
 def test_every_phase_of_the_trainer_has_a_place_in_the_order() -> None:

@@ -172,10 +172,13 @@ class Memory(dict[int, bytes]):
     def __init__(self) -> None:
         super().__init__()
         self._versions: dict[int, tuple[int, int]] = {}
+        self.is_full = False
 
-    def write_record(self, rank: int, data: bytes) -> None:
-        self[rank] = data
-        self._versions[rank] = self._versions.get(rank, (0, 0))[0] + 1, 0
+    def write_record(self, rank: int, data: bytes) -> bool:
+        if not self.is_full:
+            self[rank] = data
+            self._versions[rank] = self._versions.get(rank, (0, 0))[0] + 1, 0
+        return not self.is_full
 
     def records(self) -> dict[int, bytes]:
         return self
@@ -206,6 +209,7 @@ class Model:
         for beat in self.ranks:
             if beat.rank not in self.dead:
                 beat._beat()
+                beat._write_if_due()
 
     def write_bytes(self, url: str, data: bytes, *, durable: bool) -> None:
         self.counts["written"] += 1
@@ -283,6 +287,15 @@ def test_a_death_at_any_moment_before_a_diagnosis_is_told(model: Begin, seconds:
             job.sleep(1.0)
         said = job.ranks[3].diagnose()
         assert [int(line.split()[1]) for line in said.split("; ")] == sorted(job.dead), said
+
+
+def test_ranks_whose_node_has_no_memory_left_are_not_dead(model: Begin) -> None:
+    job = model([8] * 4)
+    for beat in job.ranks:
+        beat.node.is_full = True  # type: ignore[attr-defined]
+    job.dead = {9}
+    said = job.ranks[31].diagnose()
+    assert said.startswith("rank 9 (process ") and "; " not in said
 
 
 def test_of_the_nodes_that_stall_the_first_diagnoses_at_once_and_few_others_before_it_has_ended(model: Begin) -> None:
