@@ -11,8 +11,10 @@ import sys
 from collections.abc import Collection
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from math import inf
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -284,11 +286,10 @@ def _stop(trainer: Trainer, reason: str) -> None:
 
 
 def _heartbeat(config: Config, ranks: World) -> Heartbeat:
-    def stalled(diagnosis: str) -> None:
-        messages.warning(f"rank {ranks.rank} makes no progress: {diagnosis}")
-        failure.record_stall(config.run.dir, heartbeat, diagnosis)
-
-    heartbeat = Heartbeat(config.run.dir, ranks.rank, ranks.size, patience_s=0.7 * config.run.timeout, on_stall=stalled)
+    heartbeat = Heartbeat(
+        config.run.dir, ranks.rank, ranks.size, start=ranks.broadcast_object(uuid4().hex),
+        patience_s=0.7 * config.run.timeout, on_stall=lambda: failure.report_stall(config.run.dir, heartbeat),
+    )  # fmt: skip
     return heartbeat
 
 
@@ -298,7 +299,7 @@ def _make_trainer(config: Config, ranks: World, point: ResumePoint) -> tuple[Tra
     if point.checkpoint:
         origin = f"resuming at step {point.step} from {point.checkpoint.path}"
     elif config.train.init_from:
-        model = load_for_training(config.train.init_from, config, point.classes)
+        model = ranks.on_rank0(partial(load_for_training, config.train.init_from, config, point.classes))
         weights, step = model.weights, model.state.get("step")
         origin += f" with the weights of {config.train.init_from}" + f" (step {step})" * (step is not None)
     trainer = Trainer(config, ranks, weights)

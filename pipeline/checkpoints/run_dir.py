@@ -3,7 +3,7 @@
 RUN/config.yaml  DONE  FAILED.json  log.jsonl  imported.json
     checkpoints/step_00012000/  previews/step_00012000.png  tensorboard/
     ema_snapshots/step_00012000.safetensors  .json
-    control/  lease-000007.json  ranks/00003.json  starts.jsonl  stop  stopped.json  requeues.jsonl
+    control/  lease-000007.json  nodes/00008.json  starts.jsonl  stop  stopped.json  requeues.jsonl
 """
 
 from __future__ import annotations
@@ -48,8 +48,12 @@ class RunDir:
         """A user creates this file to stop the run."""
         self.stopped = files.join(self.control, "stopped.json")
         """Why the last start was stopped on request, and at which step."""
+        self.nodes = files.join(self.control, "nodes")
+        """The heartbeats of all ranks, a file for each node."""
+        self.diagnosing = files.join(self.control, "diagnosing.json")
+        """Created by the first rank that looks for the rank which is gone."""
         self.ranks = files.join(self.control, "ranks")
-        """The heartbeats of all ranks."""
+        """Where version 0.1 wrote the heartbeats, a file for each rank."""
         self.starts = files.join(self.control, "starts.jsonl")
         """When and where the run was started each time, and how the start before ended."""
         self.requeues = files.join(self.control, "requeues.jsonl")
@@ -84,9 +88,9 @@ class RunDir:
         steps = self.preview_steps()
         return self.preview(steps[-1]) if steps else None
 
-    def heartbeat(self, rank: int) -> str:
-        """The heartbeat file of a rank."""
-        return files.join(self.ranks, f"{rank:05d}.json")
+    def node_heartbeats(self, first_rank: int) -> str:
+        """The heartbeats of the node whose first rank this is."""
+        return files.join(self.nodes, f"{first_rank:05d}.json")
 
     def lease(self, generation: int) -> str:
         """The lease file of a generation: the first job that trains the run has generation 1."""

@@ -122,7 +122,16 @@ def load(name: str, device: torch.device, size: tuple[int, int]) -> Extractor:
         ConfigError: the file cannot be had, is of an unknown kind, or its network does not accept such images.
         DataError: the file is damaged.
     """
-    url, data = _inception() if name == INCEPTION else (name, _read(name))
+    return parse(*read(name), device, size)
+
+
+def read(name: str) -> tuple[str, bytes]:
+    """Path or URL and content of a feature file; arguments and errors are those of `load`."""
+    return _inception() if name == INCEPTION else (name, _read(name))
+
+
+def parse(url: str, data: bytes, device: torch.device, size: tuple[int, int]) -> Extractor:
+    """The network of a feature file from its content, for processes that share one reading; as `load` otherwise."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.namelist()

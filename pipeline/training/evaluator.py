@@ -51,8 +51,9 @@ class Evaluator:
     ) -> None:
         self._config, self._world, self._phase, self._is_stopping = config, world, phase, is_stopping
         name, size = config.run.evaluate_features, config.data.height_width
-        world.on_rank0(lambda: features.load(name, world.device, size).sha256)  # the others find it in the cache
-        self._extractor = features.load(name, world.device, size)
+        file = world.on_rank0(lambda: features.read(name))  # one rank reads for all
+        world.on_rank0(lambda: features.parse(*file, world.device, size).sha256)  # an error is told once
+        self._extractor = features.parse(*file, world.device, size)
         self._reference = features.of_shards(reference, self._extractor, config.run.dir)
 
     def evaluate(self, generator: Generator) -> dict[str, Figure] | None:
@@ -61,8 +62,12 @@ class Evaluator:
         Args:
             generator: of the averaged weights.
         """
-        numbers = range(len(self._reference.shards.shards))
-        if self._reference.missing() and not self._in_rounds(len(numbers), self._compute_reference):
+        missing = self._world.on_rank0(self._reference.missing)
+
+        def compute(number: int) -> None:
+            self._reference.compute(missing[number], lambda _count: self._check_stop())
+
+        if not all(self._round(first, len(missing), compute) for first in range(0, len(missing), self._world.size)):
             return None
         options = self._config.sample
         count, parts = -(-self._config.run.evaluate_samples // options.batch), []
@@ -93,13 +98,6 @@ class Evaluator:
         if not len(self._drawn):
             self._drawn = torch.zeros((self._config.sample.batch, width), device=self._world.device)
         return self._world.gather(self._drawn)
-
-    def _compute_reference(self, i: int) -> None:
-        if self._reference.shards.shards[i].samples and not self._reference.exists(i):
-            self._reference.compute(i, lambda _count: self._check_stop())
-
-    def _in_rounds(self, count: int, work: Callable[[int], None]) -> bool:
-        return all(self._round(first, count, work) for first in range(0, count, self._world.size))
 
     def _round(self, first: int, count: int, work: Callable[[int], None]) -> bool:
         """Each rank does one piece of work; returns whether no rank was asked to stop."""

@@ -140,7 +140,7 @@ def with_norm_groups(config: Config, groups: int) -> Config:
 def start_run(point: ResumePoint, warn: Callable[[str], None]) -> None:
     """Write the run's config.yaml, and remove the files that say how its last start ended."""
     config, run = point.config, RunDir(point.config.run.dir)
-    for path in (run.failed, run.stopped, run.ranks):
+    for path in (run.failed, run.stopped, run.nodes, run.diagnosing, run.ranks):
         files.remove(path)
     ema_snapshots.remove_newer(run.path, point.step)
     if not point.checkpoint:

@@ -10,10 +10,10 @@ from pipeline.checkpoints.run_dir import RunDir, step_of
 def test_the_names_of_a_run_directory_do_not_change() -> None:
     run = RunDir("s3://bucket/run/")
     paths = [run.config, run.done, run.failed, run.log, run.tensorboard, run.checkpoint(12000), run.preview(500),
-             run.stop, run.stopped, run.heartbeat(7), run.lease(3), run.requeues, run.starts]  # fmt: skip
+             run.stop, run.stopped, run.node_heartbeats(8), run.lease(3), run.requeues, run.starts]  # fmt: skip
     assert [path.removeprefix("s3://bucket/run/") for path in paths] == [
         "config.yaml", "DONE", "FAILED.json", "log.jsonl", "tensorboard", "checkpoints/step_00012000",
-        "previews/step_00000500.png", "control/stop", "control/stopped.json", "control/ranks/00007.json",
+        "previews/step_00000500.png", "control/stop", "control/stopped.json", "control/nodes/00008.json",
         "control/lease-000003.json", "control/requeues.jsonl", "control/starts.jsonl",
     ]  # fmt: skip
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.cluster import failure, heartbeat
+from pipeline.cluster import failure, heartbeat, node_directory
 from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.errors import ConfigError, DataError, NoCheckpoint, PipelineError, RankLost, RunHeld, Stopped
 from pipeline.storage import files
 
 
 @pytest.fixture(autouse=True)
-def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+def _hurried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
+    monkeypatch.setattr(heartbeat, "WRITE_S", 0.05)
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(node_directory, "MEMORY", str(tmp_path / "memory"))
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def run(tmp_path: Path) -> str:
 
 
 def at(run: str, rank: int, step: int, phase: str) -> Heartbeat:
-    beat = Heartbeat(run, rank, 2, patience_s=1e6, on_stall=print)
+    beat = Heartbeat(run, rank, 2, start="s", patience_s=1e6, on_stall=lambda: None)
     beat.begin_phase(step, phase)
     return beat
 
@@ -89,11 +95,8 @@ def test_a_rank_that_loses_contact_names_the_rank_that_failed_first(run: str) ->
 
 
 def test_a_rank_that_loses_contact_names_the_last_phase_of_a_killed_rank(run: str) -> None:
-    with Heartbeat(run, 1, 2, patience_s=1e6, on_stall=print) as other:
-        other.begin_phase(6, "update")
-        other._beat()
-        files.write_bytes(f"{run}/kept", Path(run, "control/ranks/00001.json").read_bytes())
-    Path(run, "kept").replace(Path(run, "control/ranks/00001.json"))  # killed there
+    killed = at(run, 1, 6, "update")
+    killed._beat()
     with at(run, 0, 7, "update") as mine:
         mine.begin_phase(7, "update")
         with pytest.raises(RankLost, match=r"lost contact at step 7 in update: rank 1 \(process .*\), silent, last "
@@ -102,6 +105,67 @@ def test_a_rank_that_loses_contact_names_the_last_phase_of_a_killed_rank(run: st
     content = recorded(run)
     assert (content["rank"], content["exit_code"]) == (0, 1)
     assert "silent, last seen in update at step 6" in content["error"] and "RuntimeError: gloo" in content["trace"]
+
+
+def test_ranks_of_a_node_that_lose_contact_together_diagnose_once_and_read_the_record_once(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Counter[str]()
+    for module, name in ((Heartbeat, "diagnose"), (failure, "read")):
+        original = getattr(module, name)
+
+        def counted(*arguments: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+            counts[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(module, name, counted)
+    told: list[str] = []
+
+    def lose_contact(rank: int) -> None:
+        with pytest.raises(RankLost) as caught:
+            fail(run, at(run, rank, 7, "update"), RuntimeError("gloo"), lost=True)
+        told.append(str(caught.value))
+
+    threads = [threading.Thread(target=lose_contact, args=(rank,)) for rank in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 8 and all("has not started" in line for line in told)
+    assert counts == {"diagnose": 1, "read": 2}  # before the diagnosis, and to replace the record of a stall
+
+
+def test_a_rank_awaits_what_another_node_finds_and_diagnoses_itself_if_that_node_dies(run: str) -> None:
+    files.write_bytes(f"{run}/control/diagnosing.json", b"of another node")
+    with pytest.raises(RankLost, match="lost contact at step 7 in update: rank 0 has not started"):
+        fail(run, at(run, 1, 7, "update"), RuntimeError("gloo"), lost=True)
+
+
+def test_an_error_that_all_ranks_of_a_node_have_is_written_once(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    create = files.create
+    monkeypatch.setattr(files, "create", lambda url, data: asked.append(url) or create(url, data))
+    for rank in range(8):
+        with pytest.raises(DataError):
+            fail(run, at(run, rank, 5, "saving"), DataError("no space left"))
+    assert asked == [f"{run}/FAILED.json"] and recorded(run)["rank"] == 0
+
+
+def test_a_stall_is_told_by_one_node_of_those_that_wait_and_again_at_a_later_step(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, step, told in ((0, 5, 1), (1, 5, 0), (1, 6, 1)):
+        failure.report_stall(run, at(run, rank, step, "update"))
+        assert capsys.readouterr().err.count(f"rank {rank} makes no progress: ") == told
+        assert recorded(run)["step"] == step
+    assert recorded(run)["error"].startswith("no progress: rank 0 (process ")
+
+
+def test_a_stall_that_passes_while_it_is_diagnosed_is_not_told(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    beat = at(run, 0, 5, "saving")
+    monkeypatch.setattr(beat, "diagnose", lambda: beat.begin_phase(5, "data"))
+    failure.report_stall(run, beat)
+    assert failure.read(run) is None
 
 
 def test_a_stall_is_recorded_though_the_process_may_be_killed_before_it_fails(run: str) -> None:

@@ -8,38 +8,52 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.cluster import diagnosis as diagnoses
 from pipeline.cluster import heartbeat as heartbeats
+from pipeline.cluster import node_directory
 from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.storage import files
 from tests.conftest import ROOT
 
 RANK = """
 import sys
-from pipeline.cluster import heartbeat
-run, rank, size, step, phase = sys.argv[1:]
-heartbeat.BEAT_S = 0.1
-with heartbeat.Heartbeat(run, int(rank), int(size), patience_s=1e6, on_stall=print) as beat:
+from pipeline.cluster import heartbeat, node_directory
+memory, run, rank, size, step, phase = sys.argv[1:]
+node_directory.MEMORY, heartbeat.BEAT_S, heartbeat.WRITE_S = memory, 0.1, 0.1
+with heartbeat.Heartbeat(run, int(rank), int(size), start="s", patience_s=1e6, on_stall=print) as beat:
     beat.begin_phase(int(step), phase)
     sys.stdin.readline()
 """
-PATIENT = 1e6
-
-
-def no_line_expected(line: str) -> None:
-    raise AssertionError(line)
 
 
 @pytest.fixture(autouse=True)
-def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeats, "BEAT_S", 0.5)  # five beats of the other processes
+def memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Of the node that this process and those of `start` are on; and shorter times: a diagnosis takes a second."""
+    monkeypatch.setattr(heartbeats, "BEAT_S", 0.2)
+    monkeypatch.setattr(heartbeats, "WRITE_S", 0.2)
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(node_directory, "MEMORY", str(tmp_path / "memory"))
+    return tmp_path / "memory"
+
+
+def of_rank(
+    run: str, rank: int, size: int, *, patience_s: float = 1e6, on_stall: Callable[[], None] | None = None
+) -> Heartbeat:
+    def unexpected() -> None:
+        raise AssertionError("no stall was expected")
+
+    return Heartbeat(run, rank, size, start="s", patience_s=patience_s, on_stall=on_stall or unexpected)
 
 
 @pytest.fixture
@@ -48,11 +62,13 @@ def run(tmp_path: Path) -> str:
 
 
 def seen(run: str, rank: int) -> tuple[int, str]:
-    try:
-        beat = files.read_json(f"{run}/control/ranks/{rank:05d}.json")
-    except FileNotFoundError:
-        return -1, ""
-    return beat["step"], beat["phase"]
+    """Step and phase of a rank in the files of the run."""
+    found = -1, -1, ""
+    for name in files.listdir(f"{run}/control/nodes"):
+        for beat in [] if name.startswith(".") else files.read_json(f"{run}/control/nodes/{name}")["ranks"]:
+            if beat["rank"] == rank:
+                found = max(found, (beat["beats"], beat["step"], beat["phase"]))
+    return found[1:]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -66,12 +82,13 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start(run: str) -> Iterator[Start]:
+def start(run: str, memory: Path) -> Iterator[Start]:
     """Start a rank that is at a step and phase, and has shown so."""
     ranks: list[subprocess.Popen[str]] = []
 
-    def begin(rank: int, size: int, step: int, phase: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", RANK, run, *map(str, (rank, size, step, phase))]
+    def begin(rank: int, size: int, step: int, phase: str, node: Path = memory) -> subprocess.Popen[str]:
+        node.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", RANK, *map(str, (node, run, rank, size, step, phase))]
         ranks.append(subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         wait_until(lambda: seen(run, rank) == (step, phase))
         return ranks[-1]
@@ -83,7 +100,7 @@ def start(run: str) -> Iterator[Start]:
 
 
 def diagnosis(run: str, size: int, step: int = 5, phase: str = "update") -> str:
-    with Heartbeat(run, 0, size, patience_s=PATIENT, on_stall=no_line_expected) as mine:
+    with of_rank(run, 0, size) as mine:
         mine.begin_phase(step, phase)
         return mine.diagnose()
 
@@ -144,23 +161,29 @@ def test_a_rank_alone_is_not_told_of_a_network(run: str) -> None:
     )
 
 
-def test_ranks_that_ask_at_the_same_time_do_not_take_each_other_for_silent(run: str, start: Start) -> None:
+def test_of_ranks_that_stall_together_one_reports_and_takes_none_of_them_for_silent(run: str, start: Start) -> None:
     """All of them lose patience together, each in the thread that also beats."""
     told: list[str] = []
+    beats: dict[int, Heartbeat] = {}
+
+    def report(rank: int) -> None:
+        told.append(f"{rank}: {beats[rank].diagnose()}")
+
     frozen = start(2, 4, 5, "gradient")
     frozen.send_signal(signal.SIGSTOP)
     with ExitStack() as stack:
         for rank in (0, 1, 3):
-            beat = Heartbeat(run, rank, 4, patience_s=1.5, on_stall=told.append)
-            stack.enter_context(beat).begin_phase(5, "update")
-        wait_until(lambda: len(told) == 3)
-    assert told == [f"{who(2, frozen)}, silent, last seen in gradient at step 5"] * 3
+            beats[rank] = of_rank(run, rank, 4, patience_s=1.5, on_stall=partial(report, rank))
+            stack.enter_context(beats[rank]).begin_phase(5, "update")
+        wait_until(lambda: bool(told))
+        time.sleep(1)
+    assert told == [f"0: {who(2, frozen)}, silent, last seen in gradient at step 5"]
 
 
 def test_a_stall_is_reported_once_a_phase_and_not_too_early(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeats, "BEAT_S", 0.05)
     told: list[str] = []
-    with Heartbeat(run, 0, 1, patience_s=1.0, on_stall=told.append) as mine:
+    with of_rank(run, 0, 1, patience_s=1.0, on_stall=lambda: told.append(mine.diagnose())) as mine:
         for step in range(6):
             mine.begin_phase(step, "data")
             time.sleep(0.3)  # longer than a diagnosis takes
@@ -173,10 +196,10 @@ def test_a_stall_is_reported_once_a_phase_and_not_too_early(run: str, monkeypatc
 
 
 def test_a_rank_that_ends_well_records_it_and_one_that_fails_does_not(run: str) -> None:
-    with Heartbeat(run, 0, 2, patience_s=PATIENT, on_stall=no_line_expected) as mine:
+    with of_rank(run, 0, 2) as mine:
         mine.begin_phase(7, "report")
     assert seen(run, 0) == (7, "ended")
-    with pytest.raises(KeyError), Heartbeat(run, 1, 2, patience_s=PATIENT, on_stall=no_line_expected) as other:
+    with pytest.raises(KeyError), of_rank(run, 1, 2) as other:
         other.begin_phase(7, "update")
         wait_until(lambda: seen(run, 1) == (7, "update"))
         raise KeyError
@@ -185,13 +208,29 @@ def test_a_rank_that_ends_well_records_it_and_one_that_fails_does_not(run: str) 
 
 def test_heartbeats_work_on_an_object_store_and_may_fail_to_be_written(tmp_path: Path) -> None:
     place = f"memory://{uuid.uuid4().hex}/run"
-    with Heartbeat(place, 0, 2, patience_s=PATIENT, on_stall=no_line_expected) as mine:
+    with of_rank(place, 0, 2) as mine:
         assert mine.diagnose() == "rank 1 has not started"
     (tmp_path / "file").touch()
-    with Heartbeat(f"{tmp_path}/file/run", 0, 1, patience_s=PATIENT, on_stall=no_line_expected) as mine:
+    with of_rank(f"{tmp_path}/file/run", 0, 1) as mine:
         mine.begin_phase(1, "data")
+
+
+def test_a_rank_whose_storage_is_slow_is_not_dead_for_its_node(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with of_rank(run, 0, 2) as slow, of_rank(run, 1, 2) as other:
+        wait_until(lambda: seen(run, 1) != (-1, ""))
+        write, released = files.write_bytes, threading.Event()
+
+        def hanging(url: str, *arguments: Any, **options: Any) -> None:
+            if url.startswith(run):
+                released.wait(60)
+            write(url, *arguments, **options)
+
+        monkeypatch.setattr(files, "write_bytes", hanging)
+        time.sleep(10 * heartbeats.BEAT_S)
+        assert not other._writes_for_node() and slow._writes_for_node()
+        released.set()
 
 
 def test_every_phase_of_the_trainer_has_a_place_in_the_order() -> None:
     named = re.findall(r'phase\("(\w+)"\)', (ROOT / "pipeline" / "train.py").read_text())
-    assert set(named) == set(heartbeats.PHASES) - {"starting", "ended"}
+    assert set(named) == set(diagnoses.PHASES) - {"starting", "ended"}

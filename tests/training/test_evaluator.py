@@ -51,10 +51,12 @@ def test_a_stop_during_an_evaluation_ends_within_two_steps(
     long = (*evaluating, "run.evaluate_samples=1000000", f"data.shards={digits}", f"run.dir={run}")
     launcher = start(2, "train", *RUN, *long, log=log)
 
-    def phase() -> str:
-        return json.loads((run / "control/ranks/00001.json").read_text())["phase"]
+    beats = run / "control/nodes/00000.json"
 
-    assert until(lambda: (run / "control/ranks/00001.json").exists() and phase() == "evaluation", launcher)
+    def phases() -> list[str]:
+        return [beat["phase"] for beat in json.loads(beats.read_text())["ranks"]]
+
+    assert until(lambda: beats.exists() and phases() == ["evaluation"] * 2, launcher)
     launcher.send_signal(signal.SIGTERM)
     assert ended(launcher, log, 60) == 1  # of accelerate's launcher
     assert "is not evaluated: a stop was requested" in log.read_text()
