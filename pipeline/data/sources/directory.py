@@ -38,6 +38,7 @@ class Directory:
     def __init__(self, url: str, names: Sequence[str] | None = None) -> None:
         self._root = str(files.local(url))
         self._names = names
+        self.is_whole = names is None
         self.name = url.rstrip("/").rsplit("/", 1)[-1]
 
     def entries(self, labels: bool, check_stop: Callable[[], None]) -> Entries:
@@ -125,6 +126,7 @@ class RemoteDirectory:
     def __init__(self, url: str, infos: dict[str, dict[str, Any]] | None = None) -> None:
         self._url = url.rstrip("/")
         self._infos = infos
+        self.is_whole = infos is None
         self.name = urls.name(self._url)
         self._stored: dict[str, str] = {}  # name → path in the store, where they differ
 

@@ -90,7 +90,7 @@ def list_inputs(
             input in all of them.
     """
     csv = None if labels in ("folder", "none") else LabelsCsv(labels)
-    sources = _sources(names)
+    sources = open_sources(names)
     for source in sources:
         if isinstance(source, Tar):
             source.image_extensions = image_extensions
@@ -227,7 +227,7 @@ def _groups(items: Sequence[Input], group_size: int) -> Iterator[list[Input]]:
         yield group
 
 
-def _sources(names: Sequence[str]) -> list[Source]:
+def open_sources(names: Sequence[str]) -> list[Source]:
     """The sources that names mean; the images of a pattern are one source, images that are named alone another."""
     sources: list[Source] = []
     images: dict[str, Any] = {}
