@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import struct
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
@@ -33,7 +34,8 @@ from pipeline.storage import files
 
 DIRECTORY = ".listing"
 _VERSION = 1
-_TAIL = struct.Struct("<QQ8s")  # blocks, bytes of the head, magic
+_TAIL = struct.Struct("<Q8s")  # bytes of the packed head before it, magic
+_LENGTHS = struct.Struct("<QQ")  # in the packed head: bytes of JSON, bytes of the ends of the blocks
 _MAGIC = b"ddpmlist"
 _CHECKED, _CHECKED_BYTES = 16, 1 << 24
 
@@ -74,10 +76,11 @@ class Inventory:
             "rows_without_input": listing.rows_without_input,
             "labels_from": listing.labels_from,
         }
-        text = json.dumps(head).encode()
+        text, ends = json.dumps(head).encode(), rows.ends.tobytes()
+        packed = zlib.compress(_LENGTHS.pack(len(text), len(ends)) + text + ends)  # with a checksum
         with files.publishing(self._url) as file:
             rows.copy_to(file)
-            file.write(rows.ends.tobytes() + text + _TAIL.pack(len(rows.ends) - 1, len(text), _MAGIC))
+            file.write(packed + _TAIL.pack(len(packed), _MAGIC))
 
     def open(self, part: tuple[int, int], fingerprint: str | None) -> Listing | None:
         """The listing of the inventory; None if there is none, or it is of other files than those that are there now.
@@ -91,7 +94,7 @@ class Inventory:
             head, rows = _head_and_rows(file, self._url)
         except FileNotFoundError:
             return None
-        except (DataError, ValueError, KeyError, TypeError, struct.error):  # of another version, or damaged
+        except (DataError, ValueError, KeyError, TypeError, struct.error, zlib.error):  # of another version, or damaged
             return None
         if fingerprint not in (None, head["fingerprint"]):
             return None
@@ -141,14 +144,16 @@ def _version_of(labels: Labels) -> tuple[int, int]:
 def _head_and_rows(file: BinaryIO, url: str) -> tuple[dict[str, Any], RowFile]:
     end = file.seek(0, os.SEEK_END)
     file.seek(max(end - _TAIL.size, 0))
-    blocks, head_bytes, magic = _TAIL.unpack(file.read(_TAIL.size))
-    start = end - _TAIL.size - head_bytes - 8 * (blocks + 1)
+    packed_bytes, magic = _TAIL.unpack(file.read(_TAIL.size))
+    start = end - _TAIL.size - packed_bytes
     if magic != _MAGIC or start < 0:
         raise ValueError
     file.seek(start)
-    index = file.read(end - _TAIL.size - start)
-    head = dict(json.loads(index[8 * (blocks + 1) :]))
-    return head, RowFile(file, np.frombuffer(index, np.uint64, blocks + 1), int(head["rows"]), url)
+    data = zlib.decompress(file.read(packed_bytes))
+    head_bytes, ends_bytes = _LENGTHS.unpack_from(data)
+    head = dict(json.loads(data[_LENGTHS.size : _LENGTHS.size + head_bytes]))
+    ends = np.frombuffer(data, np.uint64, ends_bytes // 8, _LENGTHS.size + head_bytes)
+    return head, RowFile(file, ends, int(head["rows"]), url)
 
 
 def _has_changed(listing: Listing, part: tuple[int, int]) -> bool:

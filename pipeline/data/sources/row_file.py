@@ -201,7 +201,8 @@ class StoredColumn(Sequence[Any]):
     def __getitem__(self, at: int | slice) -> Any:
         if isinstance(at, int):
             number, row = divmod(range(len(self))[at], ROWS)
-            return self._of(self._rows.block(number).part(row, row + 1))[0]
+            block = self._rows.block(number)
+            return block.names[row] if self._name == "names" else int(block.column(self._name)[row])
         first, last, _ = at.indices(len(self))
         return [value for block in self._rows.parts(first, last) for value in self._of(block)]
 

@@ -10,11 +10,11 @@ import numpy as np
 from pipeline.data.sources.inputs import Input
 
 
-def fingerprint_0_1(inputs: Sequence[Input], classes: Iterable[str] = ()) -> str:
-    """Of the names, sizes, times, labels and rejections, in pieces of 8,192 inputs."""
+def fingerprint_0_1(inputs: Sequence[Input], classes: Iterable[str] = (), piece_rows: int = 8192) -> str:
+    """Of the names, sizes, times, labels and rejections, in pieces of 8,192 inputs (other pieces: another hash)."""
     digest = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogatepass"))
-    for first in range(0, len(inputs), 8192):
-        piece = inputs[first : first + 8192]
+    for first in range(0, len(inputs), piece_rows):
+        piece = inputs[first : first + piece_rows]
         digest.update("\n".join(item.name for item in piece).encode("utf-8", "surrogatepass"))
         digest.update(np.array([item.size for item in piece], np.int64).tobytes())
         digest.update(np.array([item.stamp for item in piece], np.int64).tobytes())
