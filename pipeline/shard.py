@@ -99,7 +99,8 @@ def shard(
         counts = builder.counts()
         if done == shards:
             builder.publish()
-            inventory.remove(out)
+            if missing or part_of_set[1] > 1:
+                inventory.remove(out)
             _report_set(out, counts, max_bad_fraction, preview, network, interrupt, quiet)
             listing = builder.listing
             if listing.rows_without_input:
