@@ -88,7 +88,7 @@ class Imagined(Directory):
     def _walk(self, found: Sorter, check_stop: Callable[[], None]) -> None:
         for i in range(self._count):
             number = i * 7919 % self._count
-            found.add(f"class_{number % 10}/img.{number:09d}.{'json' if number % 2 else 'jpg'}", i, i)
+            found.add(f"class_{number % 10}/img.{number:09d}.{'txt' if number % 2 else 'jpg'}", i, i)
 
 
 def peak_bytes(count: int) -> int:
