@@ -103,17 +103,12 @@ def _stored(blocks: Iterable[Block], file: BinaryIO) -> RowFile:
 def _merge(streams: Sequence[Iterable[Block]]) -> Iterator[Block]:
     rows = heapq.merge(*map(_rows, streams))
     while chunk := list(islice(rows, ROWS)):
-        names, sources, _, *others, rejections = zip(*chunk)
-        columns = np.array([sources, *others], np.int64)
-        yield Block(list(names), columns, {row: why for row, why in enumerate(rejections) if why})
+        names, *columns, rejections = zip(*chunk)
+        known = {row: why for row, why in enumerate(rejections) if why}
+        yield Block(list(names), np.array(columns, np.int64), known)
 
 
 def _rows(blocks: Iterable[Block]) -> Iterator[tuple[Any, ...]]:
-    """Name and source number, which decide the order; a number that decides between equal ones; the other columns."""
-    number = 0
+    """Name and source number, which decide the order, and the other columns; no two streams share both."""
     for block in blocks:
-        count = len(block.names)
-        sources, *others = block.columns.tolist()
-        rejections = map(block.rejections.get, range(count))
-        yield from zip(block.names, sources, range(number, number + count), *others, rejections)
-        number += count
+        yield from zip(block.names, *block.columns.tolist(), map(block.rejections.get, range(len(block.names))))

@@ -52,6 +52,16 @@ def test_names_are_sorted_as_python_sorts_them(count: int, order: str) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_long_names_end_a_run_before_its_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_sort, "_RUN_CHARACTERS", 25)
+    names, found = [f"{i:06}" for i in range(50)], Sorter()
+    for name in names:
+        found.add(name, int(name), 0)
+    rows = found.sorted()
+    assert [name for first in range(50) for block in rows.parts(first, first + 1) for name in block.names] == names
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_many_sources_are_merged_in_their_order(tmp_path) -> None:
     """More than are merged at once; equal names stay in the order of the sources, and the last of an archive counts."""
     urls = []
