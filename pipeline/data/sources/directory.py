@@ -82,6 +82,7 @@ class Directory:
                 raise DataError(f"{path}: links lead to this directory in more than {_MAX_PATHS} ways: remove some")
             with children:
                 inner = sorted(self._list(directory, children, found, check_stop), reverse=True)  # the last is next
+            found.directory_done()
             above_inner = above | {identity}
             waiting += [(name, above_inner) for name in inner]
 
@@ -138,6 +139,7 @@ class RemoteDirectory:
             self._stored = {name: path for path, name in names.items() if name != path}
             for path, info in infos.items():
                 found.add(names.get(path, path), int(info["size"] or 0), remote_stamp(info))
+            found.directory_done()
             check_stop()
         self._infos = None if self._infos is None else {}  # the listing has them; workers need them no more
         return stored_entries(found.sorted(), self.name if self.is_class else "")

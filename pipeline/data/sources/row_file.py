@@ -197,21 +197,22 @@ class StoredColumn(Sequence[Any]):
     @overload
     def __getitem__(self, at: int) -> Any: ...
     @overload
-    def __getitem__(self, at: slice) -> list[Any]: ...
+    def __getitem__(self, at: slice) -> Sequence[Any]: ...
     def __getitem__(self, at: int | slice) -> Any:
         if isinstance(at, int):
             number, row = divmod(range(len(self))[at], ROWS)
             block = self._rows.block(number)
             return block.names[row] if self._name == "names" else int(block.column(self._name)[row])
         first, last, _ = at.indices(len(self))
-        return [value for block in self._rows.parts(first, last) for value in self._of(block)]
+        parts = [self._of(block) for block in self._rows.parts(first, last)]
+        return parts[0] if len(parts) == 1 else [value for part in parts for value in part]
 
     def __iter__(self) -> Iterator[Any]:
         for block in self._rows.blocks():
             yield from self._of(block)
 
-    def _of(self, block: Block) -> list[Any]:
-        return block.names if self._name == "names" else block.column(self._name).tolist()
+    def _of(self, block: Block) -> Any:
+        return block.names if self._name == "names" else block.column(self._name)
 
 
 def stored_entries(rows: RowFile, directory: str) -> Entries:

@@ -47,10 +47,17 @@ class Sorter:
         if len(self._names) == _RUN_ROWS or self._characters > _RUN_CHARACTERS:
             self._write()
 
-    def _write(self) -> None:
-        """Write the rows in memory as a run, or as the continuation of the last one."""
+    def directory_done(self) -> None:
+        """Write now, if there is enough: the next directory may have greater names only, and continue the run."""
+        if len(self._names) > _RUN_ROWS // 2:
+            self._write(keep=len(self._names) % ROWS)
+
+    def _write(self, keep: int = 0) -> None:
+        """Write the rows in memory, except the last few, as a run, or as the continuation of the last one."""
         names = self._names
         order = sorted(range(len(names)), key=names.__getitem__)
+        kept, order = order[len(order) - keep :], order[: len(order) - keep]
+        later = [(names[i], self._sizes[i], self._stamps[i]) for i in kept]
         self._names = [names[i] for i in order]
         sizes, stamps = (np.frombuffer(column, np.int64)[order] for column in (self._sizes, self._stamps))
         if not self._runs or self._runs[-1].rows % ROWS or self._names[0] <= self._last:
@@ -62,6 +69,8 @@ class Sorter:
             columns = np.stack([zeros, sizes[piece], stamps[piece], zeros, zeros, zeros + NO_LABEL])
             self._runs[-1].add(Block(self._names[piece], columns, {}))
         self._clear()
+        for row in later:
+            self.add(*row)
 
     def sorted(self) -> RowFile:
         """All rows, sorted by name.

@@ -62,6 +62,18 @@ def test_long_names_end_a_run_before_its_last_row(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_directories_in_order_make_one_run(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However their files come."""
+    made = list[Sorter]()
+    done = Sorter.directory_done
+    monkeypatch.setattr(Sorter, "directory_done", lambda self: made.append(self) or done(self))
+    names = {f"{directory:02}/{i * 7 % 5}.png": b"" for directory in range(9) for i in range(5)}
+    listing = list_inputs([write_directory(tmp_path / "in", names)])
+    assert [item.name for item in listing.inputs] == sorted(names)
+    assert len(made[0]._runs) == 1
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_many_sources_are_merged_in_their_order(tmp_path) -> None:
     """More than are merged at once; equal names stay in the order of the sources, and the last of an archive counts."""
     urls = []
