@@ -193,9 +193,9 @@ def _refuse_other_set(out: str, settings: dict[str, Any], source: dict[str, Any]
 
 def _read_tars(tars: list[Tar], out: str, settings: IndexSettings, workers: int, quiet: bool) -> int:
     """Read those tars that have no valid record yet; returns how many they were."""
-    files.make_dirs(out)
     indexer = Indexer(out, settings)
     with Interrupt("" if quiet else "tars that are read stay so") as interrupt:
+        files.make_dirs(out)
         unread = [tar for tar, is_read in zip(tars, record_files.together(indexer.has_record, tars)) if not is_read]
         records = pool.run(
             Indexer.index,

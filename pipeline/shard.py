@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import messages
 from pipeline.cluster.interrupt import Interrupt
+from pipeline.cluster.lease import Lease
 from pipeline.data.images.contact_sheet import grid
 from pipeline.data.images.dedupe import Dedupe
 from pipeline.data.images.preprocess import encode
-from pipeline.data.shards import build, image_task
+from pipeline.data.shards import build, image_task, set_identity
 from pipeline.data.shards.build import ShardSetBuilder, Task
 from pipeline.data.shards.image_task import ImageTask, NumberedInput, Outcome
+from pipeline.data.shards.index_file import INDEX
 from pipeline.data.shards.join import refuse_too_many_bad
 from pipeline.data.shards.settings import ShardSettings
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.data.shards.summary import Summary, train_command
+from pipeline.data.sources import inventory
 from pipeline.data.sources.inputs import Source
+from pipeline.data.sources.inventory import Inventory
 from pipeline.data.sources.keys import parse_extensions
 from pipeline.data.sources.listing import Reader, list_inputs
-from pipeline.errors import ConfigError, DataError, Stopped
+from pipeline.errors import ConfigError, DataError, RunHeld, Stopped
 from pipeline.forecast import Forecast
 from pipeline.monitoring.progress import Progress
 from pipeline.processes import pool
@@ -96,6 +100,8 @@ def shard(
         counts = builder.counts()
         if done == shards:
             builder.publish()
+            if missing or part_of_set[1] > 1:
+                inventory.remove(out)
             _report_set(out, counts, max_bad_fraction, preview, network, interrupt, quiet)
             listing = builder.listing
             if listing.rows_without_input:
@@ -182,13 +188,40 @@ def _open_set(
     overwrite: bool,
     interrupt: Interrupt,
 ) -> ShardSetBuilder:
-    """List the inputs, and see which shards of the set exist; with `overwrite` none are left."""
+    """List the inputs, and see which shards of the set exist; with `overwrite` none are left.
+
+    Jobs with `--part` share one list of the inputs until the set is finished. A job without lists them itself.
+    """
     begun = None if overwrite else build.begun_classes(out)
     check_stop = partial(_check_stop, interrupt, "before the first shard")
-    listing = list_inputs(sources, settings.labels, check_stop, extensions, begun)
-    if overwrite:
-        build.clear(out)
-    return ShardSetBuilder(out, settings, sources, listing, part)
+
+    def listed() -> ShardSetBuilder:
+        listing = list_inputs(sources, settings.labels, check_stop, extensions, begun)
+        if overwrite:
+            build.clear(out)
+        return ShardSetBuilder(out, settings, sources, listing, part)
+
+    if part[1] == 1 or files.exists(files.join(out, INDEX)) or not inventory.is_possible(sources, settings.labels):
+        return listed()
+    build.refuse_something_else(out)
+    shared = Inventory(out, sources, settings.labels)
+    said = False
+    while True:
+        source = (set_identity.read(out) or {}).get("source") or {}
+        if listing := shared.open(part, source.get("fingerprint")):
+            return ShardSetBuilder(out, settings, sources, listing, part)
+        try:
+            with Lease(shared.directory, lambda _: None):
+                if listing := shared.open(part, source.get("fingerprint")):  # made while this job waited for the lease
+                    return ShardSetBuilder(out, settings, sources, listing, part)
+                builder = listed()
+                shared.publish(builder.listing)
+                return builder
+        except RunHeld:
+            check_stop()
+            if not said:
+                messages.info("another job lists the inputs: waiting for it")
+            said = True
 
 
 def _make_shards(

@@ -71,7 +71,8 @@ def shard(
         str,
         typer.Option(
             metavar="I/N",
-            help="Write part I of N, counted from 0. The job that finishes last writes the index.",
+            help="Write part I of N, counted from 0. The job that begins first lists the inputs for all of them, the job "
+            "that finishes last writes the index.",
         ),
     ] = "0/1",
     preview: Annotated[

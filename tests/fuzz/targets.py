@@ -28,11 +28,11 @@ from pipeline.data.shards.sample_check import SampleChecker
 from pipeline.data.shards.settings import IndexSettings
 from pipeline.data.shards.shard_set import SIDECAR, ShardSet
 from pipeline.data.sources.cifar import Cifar
-from pipeline.data.sources.inputs import Inputs
 from pipeline.data.sources.labels.numbering import unlabeled
 from pipeline.data.sources.listing import Reader
 from pipeline.data.sources.numpy_file import Npy, Npz
 from pipeline.data.sources.parquet import Table
+from pipeline.data.sources.sorted_inputs import sort
 from pipeline.data.sources.tar import Tar
 from pipeline.data.sources.zip import Zip
 from pipeline.errors import ConfigError, DataError
@@ -48,7 +48,8 @@ def _source(kind: Callable[[str], Any], name: str) -> Callable[[bytes], None]:
         file.write_bytes(data)
         source = kind(str(file))
         entries = source.entries(True, lambda: None)
-        inputs = Inputs([""], [entries], unlabeled([entries]))
+        entries.sort()
+        inputs = sort([""], [entries], unlabeled([entries]), None).inputs
         reader = Reader([source])
         for item in inputs[:_MOST_READ]:
             with suppress(Rejected):

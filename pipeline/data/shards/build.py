@@ -24,7 +24,7 @@ from pipeline.data.shards.join import Counts, publish, totals
 from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.settings import ShardSettings
 from pipeline.data.shards.shard_set import REJECTED, Packed, ShardSet, key, refuse_foreign, write_shard
-from pipeline.data.sources import globs
+from pipeline.data.sources import globs, inventory
 from pipeline.data.sources.listing import Listing
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import files
@@ -292,6 +292,16 @@ def _shortened(classes: Sequence[str] | None) -> str:
     return names if len(names) <= _NAMES_SHOWN else f"{len(classes or ())}: {names[:_NAMES_SHOWN]}…"
 
 
+def refuse_something_else(out: str) -> None:
+    """Refuse a directory that holds anything but a set, finished or begun, before a file is written to it.
+
+    Raises:
+        ConfigError: `out` is a file, or holds a file of another name.
+    """
+    if _previous(out) is None:
+        refuse_foreign(out, _UNCOMMITTED)
+
+
 def begun_classes(out: str) -> list[str] | None:
     """The classes of the set that an earlier job has begun or finished in `out`; None if there is none."""
     classes = (_previous(out) or {}).get("classes")
@@ -307,8 +317,8 @@ def clear(out: str) -> None:
 def files_to_clear(out: str) -> list[str]:
     """What `clear` deletes, in this order."""
     previous = _previous(out)
-    if previous is None:
-        return []
+    if previous is None:  # perhaps no shard was made, but the inputs were listed
+        return [name for name in files.listdir(out) if name == inventory.DIRECTORY]
     shards = previous.get("shards") or [previous]
     names = (str(shard["name"]) for shard in shards)  # in `set.json` the prefix itself
     prefixes = {match[1] if (match := _SHARD_FILE.fullmatch(name)) else name for name in names}
@@ -320,6 +330,7 @@ def files_to_clear(out: str) -> list[str]:
         or TABLE.fullmatch(name)
         or ((match := _SHARD_FILE.fullmatch(name)) and match[1] in prefixes)
         or _DERIVED.fullmatch(name)
+        or name == inventory.DIRECTORY
     ]
 
 

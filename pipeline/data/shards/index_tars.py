@@ -56,12 +56,13 @@ class Tar(NamedTuple):
 class Taken(NamedTuple):
     """A sample that can be trained on."""
 
-    row: tuple[int, ...]
+    row: bytes
     """Its row of the sidecar, with the code of its label."""
     size: tuple[int, int]
     """(H, W) of its image in the set."""
-    meta: dict[str, Any]
-    """`Image.meta`."""
+    transforms: tuple[str, ...]
+    short_side: int
+    """Of the image file, in pixels."""
 
 
 class Scan(NamedTuple):
@@ -179,7 +180,8 @@ def scan(url: str, settings: IndexSettings, check_stop: Callable[[], None]) -> S
         raise DataError(
             f"{url} is not a valid tar ({error_text(error)}): copy or make it again, or unpack it"
         ) from error
-    rows = np.array([sample.row for sample in samples.values() if isinstance(sample, Taken)], SIDECAR)
+    packed = b"".join(sample.row for sample in samples.values() if isinstance(sample, Taken))
+    rows = np.frombuffer(packed, SIDECAR).copy()  # to be written to
     rows["label"], classes = labels.class_numbers(rows["label"].astype(np.int64))
     return Scan(window.end, window.sha256.hexdigest(), samples, rows, classes)
 
@@ -190,6 +192,7 @@ class _GroupReader:
     def __init__(self, url: str, settings: IndexSettings, window: Window, labels: LabelEncoder) -> None:
         self._url, self._settings, self._window, self._labels = url, settings, window, labels
         self._extensions = settings.extensions
+        self._shared: dict[Any, Any] = {}
 
     def samples(self, group: TarGroup, is_repeated: bool) -> Iterator[tuple[str, Taken | Rejected]]:
         """Each sample of a group, by its key; if the key came before, all are rejected."""
@@ -242,7 +245,15 @@ class _GroupReader:
             image_member.size,
             NO_LABEL if label is None else self._labels.code(label, image_member.path),
         )
-        return Taken(row, (height, width), image.meta)
+        size, transforms = (height, width), tuple(image.meta["transforms"])
+        # All samples of a tar are in memory until its end, as a key may come again: most share these two.
+        share = self._shared.setdefault
+        return Taken(
+            np.array([row], SIDECAR).tobytes(),
+            share(size, size),
+            share(transforms, transforms),
+            min(image.meta["original_size"]),
+        )
 
 
 def _span(group: TarGroup, sample: Sample, alone: bool) -> tuple[int, int]:
@@ -260,6 +271,6 @@ def _count(source: str, scanned: Scan) -> dict[str, Any]:
         if isinstance(sample, Rejected):
             counts.reject({"key": key, "source": source, "reason": sample.reason, "detail": sample.detail})
         else:
-            counts.take(sample.meta["transforms"], min(sample.meta["original_size"]), next(labels))
+            counts.take(sample.transforms, sample.short_side, next(labels))
             sizes["x".join(map(str, sample.size))] += 1
     return {**counts.as_json(), "picture_sizes": dict(sizes.most_common(_SIZES_RECORDED))}

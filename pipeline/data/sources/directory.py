@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from pipeline import untrusted
 from pipeline.data.images.preprocess import Rejected
 from pipeline.data.sources import urls
 from pipeline.data.sources.inputs import Entries, Input, check_size
+from pipeline.data.sources.row_file import stored_entries
+from pipeline.data.sources.row_sort import Sorter
 from pipeline.data.sources.source_file import remote_stamp, time_stamp
 from pipeline.errors import DataError
-from pipeline.storage import files, local_disk
+from pipeline.storage import files, local_disk, remote_walk
 
 _Identity = tuple[int, int]
 """Device and inode."""
@@ -36,28 +38,29 @@ class Directory:
     def __init__(self, url: str, names: Sequence[str] | None = None) -> None:
         self._root = str(files.local(url))
         self._names = names
+        self.is_whole = names is None
         self.name = url.rstrip("/").rsplit("/", 1)[-1]
 
     def entries(self, labels: bool, check_stop: Callable[[], None]) -> Entries:
         """List it. Files of any name are inputs; a link to nowhere is one, too, and ends as rejected."""
-        entries = Entries(directory=os.path.basename(os.path.abspath(self._root)) if self.is_class else "")
+        found = Sorter()
         if self._names is None:
-            self._walk(entries, check_stop)
-            return entries
-        for name in self._names:
+            self._walk(found, check_stop)
+        for name in self._names or ():
             check_stop()
             path = os.path.join(self._root, name)
             try:
                 status = os.stat(path)
             except OSError:
-                entries.add(name, 0, 0)
+                found.add(name, 0, 0)
             else:
                 untrusted.require_regular(status.st_mode, path)
-                entries.add(name, status.st_size, time_stamp(status.st_mtime_ns))
-        self._names = ()  # the listing has them; workers need them no more
-        return entries
+                found.add(name, status.st_size, time_stamp(status.st_mtime_ns))
+        self._names = None if self._names is None else ()  # the listing has them; workers need them no more
+        directory = os.path.basename(os.path.abspath(self._root)) if self.is_class else ""
+        return stored_entries(found.sorted(), directory)
 
-    def _walk(self, entries: Entries, check_stop: Callable[[], None]) -> None:
+    def _walk(self, found: Sorter, check_stop: Callable[[], None]) -> None:
         waiting: list[tuple[str, frozenset[_Identity]]] = [("", frozenset())]  # and the directories above each
         visits: Counter[_Identity] = Counter()
         while waiting:
@@ -66,7 +69,7 @@ class Directory:
             path = os.path.join(self._root, directory)
             try:
                 status = os.stat(path)
-                children = list(os.scandir(path))
+                children = os.scandir(path)
             except OSError as error:
                 raise DataError(
                     f"{path} cannot be listed ({error.strerror}): give read permission or move it"
@@ -77,11 +80,14 @@ class Directory:
             visits[identity] += 1
             if visits[identity] > _MAX_PATHS:
                 raise DataError(f"{path}: links lead to this directory in more than {_MAX_PATHS} ways: remove some")
-            inner = self._list(directory, children, entries, check_stop)
-            waiting += [(name, above | {identity}) for name in inner]
+            with children:
+                inner = sorted(self._list(directory, children, found, check_stop), reverse=True)  # the last is next
+            found.directory_done()
+            above_inner = above | {identity}
+            waiting += [(name, above_inner) for name in inner]
 
     def _list(
-        self, directory: str, children: list[os.DirEntry[str]], entries: Entries, check_stop: Callable[[], None]
+        self, directory: str, children: Iterable[os.DirEntry[str]], found: Sorter, check_stop: Callable[[], None]
     ) -> Iterator[str]:
         """Add the files in a directory; yield the directories in it."""
         for number, child in enumerate(children):
@@ -90,10 +96,10 @@ class Directory:
             try:
                 status = child.stat()
             except OSError:  # a link to nowhere
-                entries.add(directory + child.name, 0, 0)
+                found.add(directory + child.name, 0, 0)
                 continue
             if stat.S_ISREG(status.st_mode):
-                entries.add(directory + child.name, status.st_size, time_stamp(status.st_mtime_ns))
+                found.add(directory + child.name, status.st_size, time_stamp(status.st_mtime_ns))
             elif stat.S_ISDIR(status.st_mode):
                 yield f"{directory}{child.name}/"
 
@@ -121,20 +127,22 @@ class RemoteDirectory:
     def __init__(self, url: str, infos: dict[str, dict[str, Any]] | None = None) -> None:
         self._url = url.rstrip("/")
         self._infos = infos
+        self.is_whole = infos is None
         self.name = urls.name(self._url)
         self._stored: dict[str, str] = {}  # name → path in the store, where they differ
 
     def entries(self, labels: bool, check_stop: Callable[[], None]) -> Entries:
         """List it."""
-        entries = Entries(directory=self.name if self.is_class else "")
-        infos = files.find(self._url) if self._infos is None else self._infos
-        names = urls.names(infos) if urls.is_web(self._url) else {}
-        self._stored = {name: path for path, name in names.items() if name != path}
-        for path, info in infos.items():
-            entries.add(names.get(path, path), int(info["size"] or 0), remote_stamp(info))
-        self._infos = {}  # the listing has them; workers need them no more
-        check_stop()
-        return entries
+        found = Sorter()
+        for infos in remote_walk.pages(self._url) if self._infos is None else [self._infos]:
+            names = urls.names(infos) if urls.is_web(self._url) else {}  # of a web server all come as one page
+            self._stored = {name: path for path, name in names.items() if name != path}
+            for path, info in infos.items():
+                found.add(names.get(path, path), int(info["size"] or 0), remote_stamp(info))
+            found.directory_done()
+            check_stop()
+        self._infos = None if self._infos is None else {}  # the listing has them; workers need them no more
+        return stored_entries(found.sorted(), self.name if self.is_class else "")
 
     def read(self, item: Input) -> bytes:
         """The file's bytes."""

@@ -1,14 +1,13 @@
-"""The inputs of all sources, kept in columns: some 150 bytes for each, as there may be millions."""
+"""What a source holds, one input for each file or row, in columns."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.images.preprocess import Rejected
 
@@ -18,15 +17,15 @@ IMAGES = frozenset(
     "pbm pcx pgm png pnm ppm psd qoi sgi tga tif tiff webp".split()
 )
 """Extensions of image files, also of formats that are rejected."""
+_MOST_IMAGES = (".jpg", ".png", ".jpeg", ".JPEG", ".webp")  # tried first, as it is faster
 LABEL_FILE, BESIDE_IMAGE, SYSTEM_FILE = "label_file", "beside_image", "system_file"
 NOT_IMAGES = frozenset((LABEL_FILE, BESIDE_IMAGE, SYSTEM_FILE))
 """Reasons for inputs that were never meant as images; they do not count as bad."""
-_CHUNK = 4096
 
 
 def is_image_name(path: str) -> bool:
     """Whether a file has the extension of an image."""
-    return path.rpartition(".")[2].lower() in IMAGES
+    return path.endswith(_MOST_IMAGES) or path.rpartition(".")[2].lower() in IMAGES
 
 
 class Rejection(NamedTuple):
@@ -61,7 +60,10 @@ class Input(NamedTuple):
 
 @dataclass
 class Entries:
-    """What one source holds, in any order; the n-th elements of all columns describe one input."""
+    """What one source holds; the n-th elements of all columns describe one input.
+
+    A column is a list or array in memory, or lies in a row file, as those of directories do.
+    """
 
     directory_is_class: bool = True
     """Whether the directory of an input is its class, where labels are wanted and `classes` is None."""
@@ -79,12 +81,14 @@ class Entries:
     """Where the classes come from, or why there are none, if the source knows."""
     directory: str = ""
     """Name of the directory that the source is; the class of the files at its top, beside other such sources."""
-    without_class: set[int] = field(default_factory=set)
-    """Entries whose directory is not their class, because of a label file."""
+    without_class: Callable[[str], bool] | None = None
+    """Whether the directory of an entry is not its class, because of a label file; None: of no entry."""
     unmatched_rows: int = 0
     """Rows of label files that name no entry."""
     rejections: dict[int, Rejection] = field(default_factory=dict)
     """By number of the entry."""
+    is_sorted: bool = False
+    """Whether the entries are known to be sorted by path."""
 
     @classmethod
     def of_rows(cls, names: list[str], size: int, stamp: int) -> Entries:
@@ -98,6 +102,21 @@ class Entries:
         self.sizes.append(size)
         self.stamps.append(stamp)
         self.offsets.append(offset)
+
+    def sort(self) -> None:
+        """Sort the entries by path; equal paths stay in their order."""
+        if self.is_sorted:
+            return
+        order = np.array(sorted(range(len(self.paths)), key=self.paths.__getitem__), dtype=np.int64)
+        if np.array_equal(order, np.arange(len(order))):
+            return
+        self.paths = [self.paths[i] for i in order.tolist()]
+        for name in ("sizes", "stamps", "offsets", "packed_sizes", "labels"):
+            if column := getattr(self, name):
+                setattr(self, name, array("q", np.frombuffer(column, np.int64)[order].tobytes()))
+        if self.rejections:
+            known = self.rejections
+            self.rejections = {new: known[old] for new, old in enumerate(order.tolist()) if old in known}
 
 
 class Source(Protocol):
@@ -113,74 +132,6 @@ class Source(Protocol):
 
     def read(self, item: Input) -> bytes:
         """The bytes of an input's image file."""
-
-
-class Inputs(Sequence[Input]):
-    """Inputs of all sources, sorted by name; an `Input` is made when it is asked for.
-
-    Args:
-        prefixes: text before the paths of each source, which makes them names.
-        entries: of each source.
-        labels: class numbers of each source's entries, or `NO_LABEL`.
-    """
-
-    def __init__(self, prefixes: list[str], entries: list[Entries], labels: list[array[int]]) -> None:
-        self._prefix_lengths = [len(prefix) for prefix in prefixes]
-        names = [prefix + path for prefix, source in zip(prefixes, entries) for path in source.paths]
-        # The sort is stable: equal names stay in the order of their sources and, in an archive, of their members.
-        order = np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64)
-        self.names = [names[i] for i in order.tolist()]
-        numbers = np.repeat(np.arange(len(entries)), [len(source.paths) for source in entries])
-        self._sources = numbers.astype(np.int32)[order]
-        self.sizes = _column([source.sizes for source in entries])[order]
-        self.stamps = _column([source.stamps for source in entries])[order]
-        self._offsets = _column([source.offsets for source in entries])[order]
-        packed_sizes = [source.packed_sizes or array("q", bytes(8 * len(source.paths))) for source in entries]
-        self._packed_sizes = _column(packed_sizes)[order]
-        self.labels = _column(labels).astype(np.int32)[order]
-        self.rejections = self._rejections(entries, order)
-
-    def _rejections(self, entries: list[Entries], order: NDArray[np.int64]) -> dict[int, Rejection]:
-        """By position; of several files of one name in one source all but the last are rejected."""
-        known: dict[int, Rejection] = {}
-        first = 0
-        for source in entries:
-            known |= {first + number: rejection for number, rejection in source.rejections.items()}
-            first += len(source.paths)
-        rejections = {position: known[i] for position, i in enumerate(order.tolist()) if i in known} if known else {}
-        for position, (name, next_name) in enumerate(zip(self.names, self.names[1:])):
-            if name == next_name and self._sources[position] == self._sources[position + 1]:
-                rejections.setdefault(position, Rejection("scattered", "a later member has the same name"))
-        return rejections
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, at: int) -> Input: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Input]: ...
-    def __getitem__(self, at: int | slice) -> Input | list[Input]:
-        if isinstance(at, int):
-            at = range(len(self))[at]
-            return self[at : at + 1][0]
-        columns = (self.labels, self._sources, self.sizes, self.stamps, self._offsets, self._packed_sizes)
-        rows = zip(*(column[at].tolist() for column in columns))
-        inputs = []
-        positions = range(len(self))[at]
-        for position, name, (number, source, size, stamp, offset, packed) in zip(positions, self.names[at], rows):
-            label, path = None if number == NO_LABEL else number, name[self._prefix_lengths[source] :]
-            rejection = self.rejections.get(position)
-            inputs.append(Input(name, label, source, path, size, stamp, offset, packed, rejection))
-        return inputs
-
-    def __iter__(self) -> Iterator[Input]:
-        for first in range(0, len(self), _CHUNK):
-            yield from self[first : first + _CHUNK]
-
-
-def _column(parts: list[array[int]]) -> NDArray[np.int64]:
-    return np.concatenate([np.frombuffer(part, dtype=np.int64) for part in parts])
 
 
 def check_size(data: bytes, item: Input) -> bytes:

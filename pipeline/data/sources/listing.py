@@ -7,10 +7,9 @@ it is an image is decided and counted when it is decoded.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,13 @@ from pipeline.data.images.preprocess import MAX_BYTES, Rejected
 from pipeline.data.sources import cifar, globs, urls
 from pipeline.data.sources.cifar import Cifar
 from pipeline.data.sources.directory import Directory, RemoteDirectory
-from pipeline.data.sources.inputs import LABEL_FILE, SYSTEM_FILE, Entries, Input, Inputs, Source, is_image_name
+from pipeline.data.sources.inputs import SYSTEM_FILE, Entries, Input, Source, is_image_name
 from pipeline.data.sources.junk_files import is_junk
 from pipeline.data.sources.labels import metadata_files, numbering
 from pipeline.data.sources.labels.labels_csv import LabelsCsv
 from pipeline.data.sources.numpy_file import Npy, Npz
 from pipeline.data.sources.parquet import Table, list_tables
+from pipeline.data.sources.sorted_inputs import Inputs, sort
 from pipeline.data.sources.source_file import DAMAGED
 from pipeline.data.sources.tar import Tar
 from pipeline.data.sources.zip import Zip
@@ -33,7 +33,6 @@ from pipeline.storage import files
 
 Labels = str
 """`folder`, `none`, or the name of a CSV file."""
-_HASHED_AT_ONCE = 8192
 _THREADS = 16
 _MAX_AHEAD, _MAX_AHEAD_BYTES = 2 * _THREADS, 1 << 26
 _GROUP, _GROUP_BYTES = 8, 1 << 20
@@ -91,12 +90,12 @@ def list_inputs(
             input in all of them.
     """
     csv = None if labels in ("folder", "none") else LabelsCsv(labels)
-    sources = _sources(names)
+    sources = open_sources(names)
     for source in sources:
         if isinstance(source, Tar):
             source.image_extensions = image_extensions
     entries = _list(sources, labels == "folder", check_stop)
-    if not any(one.paths for one in entries):
+    if not any(len(one.paths) for one in entries):
         raise DataError(f"{', '.join(names)}: not a single file in it: give a directory or archive that holds images")
     # Two sources may contain equal paths; users tell them apart by the name of the source.
     prefixes = [source.name + "/" if len(sources) > 1 else "" for source in sources]
@@ -115,13 +114,12 @@ def list_inputs(
         numbers, classes = numbering.in_order_of(existing_classes or (), numbers, classes)
         # The fingerprint covers the names as the sources state them; sets made earlier depend on that.
         unique = classes if list(classes) == list(existing_classes or ()) else numbering.unique_names(classes)
-    inputs = Inputs(prefixes, entries, numbers)
-    size = int(inputs.sizes.sum())
-    return Listing(inputs, unique, _fingerprint(inputs, classes), size, sources, unmatched, labels_from)
+    inputs, fingerprint, size = sort(prefixes, entries, numbers, classes)
+    return Listing(inputs, unique, fingerprint, size, sources, unmatched, labels_from)
 
 
 def _list(sources: Sequence[Source], labels: bool, check_stop: Callable[[], None]) -> list[Entries]:
-    """The entries of each source, with label files marked."""
+    """The entries of each source, sorted."""
     try:
         tables = [source for source in sources if isinstance(source, Table)]
         of_tables = iter(list_tables(tables, labels, check_stop) if tables else [])
@@ -131,8 +129,7 @@ def _list(sources: Sequence[Source], labels: bool, check_stop: Callable[[], None
     except Rejected as error:  # a source was written to while it was listed
         raise DataError(f"{error.detail or error.reason}: run the same command again when it is complete") from error
     for one in entries:
-        if one.directory_is_class:
-            metadata_files.mark_label_files(one)
+        one.sort()
     return entries
 
 
@@ -148,20 +145,6 @@ def _labels_from(entries: Sequence[Entries], any_class: bool) -> str:
     )
     more = f" and {len(origins) - _LISTED} more" if len(origins) > _LISTED else ""
     return "; ".join(origins[:_LISTED]) + more
-
-
-def _fingerprint(inputs: Inputs, classes: Iterable[str] | None) -> str:
-    digest = hashlib.sha256("\n".join(classes or ()).encode("utf-8", "surrogatepass"))
-    for first in range(0, len(inputs), _HASHED_AT_ONCE):
-        piece = slice(first, first + _HASHED_AT_ONCE)
-        digest.update("\n".join(inputs.names[piece]).encode("utf-8", "surrogatepass"))
-        for column in (inputs.sizes, inputs.stamps, inputs.labels):
-            digest.update(column[piece].tobytes())
-    # Label files are left out: older versions rejected them without a reason of their own, with the same keys.
-    rejections = [(at, tuple(why)) for at, why in sorted(inputs.rejections.items()) if why.reason != LABEL_FILE]
-    if rejections:
-        digest.update(repr(rejections).encode())
-    return digest.hexdigest()
 
 
 class Reader:
@@ -244,7 +227,7 @@ def _groups(items: Sequence[Input], group_size: int) -> Iterator[list[Input]]:
         yield group
 
 
-def _sources(names: Sequence[str]) -> list[Source]:
+def open_sources(names: Sequence[str]) -> list[Source]:
     """The sources that names mean; the images of a pattern are one source, images that are named alone another."""
     sources: list[Source] = []
     images: dict[str, Any] = {}

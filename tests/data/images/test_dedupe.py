@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -105,8 +106,34 @@ def test_the_first_of_several_is_named() -> None:
     assert seen.find((0b11).to_bytes(8, "big") + bytes(12)) == "000000007"
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_found_is_what_a_comparison_with_all_images_finds(channels: int) -> None:
+    """Hashes in clusters, so that there are images at every distance, of equal and of other colors."""
+    rng, seen = random.Random(channels), KnownImages("near")
+    centers, known, found = [rng.getrandbits(64) for _ in range(6)], dict[str, bytes](), Counter[str]()
+    for i in range(1500):
+        bits = rng.choice(centers)
+        for bit in rng.sample(range(64), rng.randrange(8)):
+            bits ^= 1 << bit
+        hashed = bits.to_bytes(8, "big") + bytes(rng.choice((0, 0, 0, 12, 13)) for _ in range(4 * channels))
+        expected = min((key for key, other in known.items() if is_near(hashed, other)), default=None)
+        expected = next((key for key, other in reversed(known.items()) if other == hashed), expected)
+        assert seen.find(hashed) == expected
+        found["known" if expected else "new"] += 1
+        if expected is None or i % 3 == 0:
+            key = f"{(i * 7919) % 100_000:09d}"  # in no order
+            seen.add(hashed, key)
+            known[key] = hashed
+    assert min(found.values()) > 300, found
+
+
+def is_near(a: bytes, b: bytes) -> bool:
+    bits = int.from_bytes(a[:8], "big") ^ int.from_bytes(b[:8], "big")
+    return bits.bit_count() <= MAX_DISTANCE and all(abs(x - y) <= 12 for x, y in zip(a[8:], b[8:]))
+
+
 @pytest.mark.parametrize("shape", [(8, 8, 1), (1, 1, 3), (200, 31, 3), (96, 64, 1)])
-def test_any_size_has_a_fingerprint_of_the_same_length_per_kind(shape: tuple[int, int, int]) -> None:
+def test_any_size_has_a_fingerhashedof_the_same_length_per_kind(shape: tuple[int, int, int]) -> None:
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     assert fingerprint(array, "none") == b""
     assert len(fingerprint(array, "exact")) == 16

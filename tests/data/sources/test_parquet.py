@@ -191,7 +191,7 @@ def test_rows_are_read_in_any_order_and_from_a_store(tmp_path):
         fsspec.filesystem("memory").pipe("/tables/a.parquet", file.read())
     stored = Table("memory://tables/a.parquet")  # a store of this process, so no other lists it
     entries = stored.entries(labels=True, check_stop=lambda: None)
-    assert entries.paths == listing.inputs.names and entries.labels.tolist() == listing.inputs.labels.tolist()
+    assert [(item.name, item.label) for item in listing.inputs] == list(zip(entries.paths, entries.labels))
     assert stored.read(listing.inputs[7]) == ROWS[7]
 
 

@@ -14,7 +14,7 @@ from pipeline.data.sources.inputs import NO_LABEL, Entries, is_image_name
 from pipeline.data.sources.labels.class_names import normalized
 from pipeline.data.sources.labels.column_names import FILE_NAME_COLUMNS, LABEL_COLUMNS, find_column
 from pipeline.data.sources.labels.label_encoder import LabelEncoder
-from pipeline.data.sources.labels.numbering import unlabeled
+from pipeline.data.sources.labels.numbering import ClassLabels, StatedLabels
 from pipeline.errors import ConfigError
 from pipeline.storage import files
 from pipeline.untrusted import printable
@@ -63,7 +63,7 @@ class LabelsCsv:
 
     def labels(
         self, prefixes: Sequence[str], sources: Sequence[Entries]
-    ) -> tuple[list[array[int]], tuple[str, ...], int]:
+    ) -> tuple[list[ClassLabels], tuple[str, ...], int]:
         """Class numbers of the entries of each source, all class names, and the number of rows that match no input.
 
         A row belongs to the input whose path it names, else to the input with this base name, else with this stem.
@@ -97,14 +97,14 @@ class LabelsCsv:
             raise ConfigError(conflict)
         # Of all rows, so that a part of the images has the same classes as all of them.
         numbers, classes = encoder.class_numbers(np.fromiter(rows.values(), np.int64, len(rows)))
-        labels, unmatched = unlabeled(sources), 0
+        labels, unmatched = [array("q", [NO_LABEL]) * len(source.paths) for source in sources], 0
         for name, number in zip(rows, numbers):
             if number != NO_LABEL and name in best:
                 _, source, entry = best[name]
                 labels[source][entry] = number
             elif number != NO_LABEL:
                 unmatched += 1
-        return labels, classes, unmatched
+        return [StatedLabels(part) for part in labels], classes, unmatched
 
     def _begins_with_header(self, columns: tuple[int, int], best: dict[str, tuple[int, int, int]]) -> bool:
         """Whether the first row names no input, no file that could be one, and no class that another row names."""

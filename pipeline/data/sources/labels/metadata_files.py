@@ -16,29 +16,27 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.images.preprocess import Rejected
-from pipeline.data.sources.inputs import LABEL_FILE, NO_LABEL, Entries, Input, Rejection, Source, is_image_name
+from pipeline.data.sources.inputs import NO_LABEL, Entries, Input, Source, is_image_name
 from pipeline.data.sources.junk_files import is_junk
-from pipeline.data.sources.keys import TEXT_COMPANIONS, split
+from pipeline.data.sources.keys import split
 from pipeline.data.sources.labels.column_names import FILE_NAME_COLUMNS, LABEL_COLUMNS, find_column
 from pipeline.data.sources.labels.label_encoder import LabelEncoder
+from pipeline.data.sources.labels.label_files import (
+    LABEL_FILE_NAME,
+    METADATA,
+    STYLEGAN,
+    TABLES,
+    name_and_ending,
+    neighbours,
+)
 from pipeline.data.sources.labels.labels_csv import comparable, read_rows
 from pipeline.data.sources.labels.sample_label import is_class_text
-from pipeline.data.sources.labels.unsupported_files import (
-    LABEL_FILE_NAME,
-    Candidates,
-    image_stems,
-    refuse,
-    stem,
-    unusable,
-)
+from pipeline.data.sources.labels.unsupported_files import Candidates, refuse, unusable
 from pipeline.data.sources.tar import Tar
 from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import parse_json, printable
 
-_STYLEGAN = "dataset.json"
-_METADATA = frozenset((_STYLEGAN, "metadata.csv", "metadata.jsonl", "metadata.parquet"))
-_TABLES = frozenset((".csv", ".tsv", ".jsonl"))
-_TEXTS = _TABLES | {".json"}
+_TEXTS = TABLES | {".json"}
 _MAX_BYTES = 1 << 28
 _SPLIT = re.compile(r"(train|training|test|testing|val|valid|validation|dev|eval|data)([-_.].*)?", re.IGNORECASE)
 
@@ -55,25 +53,6 @@ class _LabelFile:
     other_columns: str = ""
     covers_subdirectories: bool = True
     """Without labels: no input in any directory below has its directory as its class, else none beside the file."""
-
-
-def mark_label_files(entries: Entries) -> None:
-    """Mark files of labels, captions and the like, so that they do not count as bad images."""
-    beside = []
-    for number, path in enumerate(entries.paths):
-        name, ending = _name_and_ending(path)
-        if is_image_name(path):
-            continue
-        if ending in _TABLES or name in _METADATA:
-            entries.rejections.setdefault(number, Rejection(LABEL_FILE))
-        elif ending[1:] in TEXT_COMPANIONS:
-            beside.append(number)
-    if beside:
-        stems = image_stems(entries)
-        for number in beside:
-            path = entries.paths[number]
-            if stem(path) in stems or LABEL_FILE_NAME.fullmatch(_name_and_ending(path)[0]):
-                entries.rejections.setdefault(number, Rejection(LABEL_FILE))
 
 
 def read_labels(source: Source, number: int, entries: Entries, check_stop: Callable[[], None]) -> None:
@@ -99,25 +78,26 @@ def read_labels(source: Source, number: int, entries: Entries, check_stop: Calla
         _set_labels(source.name, entries, label_files)
         return
     if candidates.class_texts and not isinstance(source, Tar):
-        keys = {split(path)[0] for path in entries.paths if is_image_name(path)}
-        for path in (entries.paths[entry] for entry in candidates.class_texts):
-            if path.lower().endswith(".cls") or split(path)[0] in keys:  # Java's files end with .class, too
+        for entry in candidates.class_texts:
+            path = entries.paths[entry]
+            if path.lower().endswith(".cls") or _shares_key(entries, entry):  # Java's files end with .class, too
                 raise unusable(source.name, path, f"a {path[path.rfind('.') :]} file is read from a tar only")
     refuse(source.name, entries, candidates, content)
 
 
-def _name_and_ending(path: str) -> tuple[str, str]:
-    """Base name, and what follows its last dot with the dot; both in lower case."""
-    return path.rpartition("/")[2].lower(), path[path.rfind(".") :].lower()
+def _shares_key(entries: Entries, entry: int) -> bool:
+    """Whether an image has the key of an entry."""
+    key = split(entries.paths[entry])[0]
+    return any(is_image_name(path) and split(path)[0] == key for path in neighbours(entries.paths, entry, key + "."))
 
 
 def _candidates(entries: Entries) -> Candidates:
     candidates = Candidates()
     for number, path in enumerate(entries.paths):
-        name, ending = _name_and_ending(path)
         if is_image_name(path) or is_junk(path):
             continue
-        if name in _METADATA:
+        name, ending = name_and_ending(path)
+        if name in METADATA:
             candidates.known.append(number)
         elif is_class_text(path):
             candidates.class_texts.append(number)
@@ -151,7 +131,7 @@ def _read_known(
         path = entries.paths[number]
         data = content(number)
         try:
-            file = _stylegan(path, data) if path.lower().endswith(_STYLEGAN) else _imagefolder(path, data)
+            file = _stylegan(path, data) if path.lower().endswith(STYLEGAN) else _imagefolder(path, data)
         except (ConfigError, DataError) as error:
             raise DataError(f"{printable(source)}/{error}, or give --labels none") from error
         if file is None:
@@ -263,8 +243,4 @@ def _set_without_class(entries: Entries, label_files: list[_LabelFile]) -> None:
     entries.labels_from = "; ".join(printable(f"{file.path}: {file.other_columns}") for file in label_files[:3])
     beside = {file.directory.rstrip("/") for file in label_files}
     below = tuple(file.directory for file in label_files if file.covers_subdirectories)
-    entries.without_class = {
-        number
-        for number, path in enumerate(entries.paths)
-        if path.rpartition("/")[0] in beside or (below and path.startswith(below))
-    }
+    entries.without_class = lambda path: path.rpartition("/")[0] in beside or bool(below and path.startswith(below))

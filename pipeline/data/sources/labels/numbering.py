@@ -8,20 +8,73 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import TypeAlias
 
 import numpy as np
 
 from pipeline.data.sources.inputs import IMAGES, LABEL_FILE, NO_LABEL, Entries
 from pipeline.data.sources.junk_files import is_junk
 from pipeline.data.sources.labels.class_names import normalized
-from pipeline.data.sources.labels.label_encoder import ClassNumbers, from_names, renumbered, sorted_names
+from pipeline.data.sources.labels.label_encoder import renumbered, sorted_names
+from pipeline.data.sources.labels.label_files import is_label_file
 from pipeline.errors import ConfigError
 from pipeline.untrusted import printable
 
 
-def by_directory(entries: Entries, top_class: str | None = None) -> ClassNumbers:
+@dataclass(frozen=True)
+class StatedLabels:
+    """The class numbers that a source, or a label file, states of each entry."""
+
+    numbers: array[int]
+
+    def of(self, first: int, paths: Sequence[str]) -> Sequence[int]:
+        """Class numbers of the entries from number `first` on; `NO_LABEL` for none."""
+        return self.numbers[first : first + len(paths)]
+
+    def renumbered(self, numbers: Sequence[int]) -> StatedLabels:
+        """The same with other numbers, given by the present ones."""
+        return StatedLabels(renumbered(np.frombuffer(self.numbers, np.int64), numbers))
+
+
+@dataclass(frozen=True)
+class DirectoryLabels:
+    """The class number of an entry is that of its directory; it is looked up when asked for, and not stored."""
+
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """By class name; empty: no entry has a class."""
+    top_class: str | None = None
+    """Class of files that lie in no directory."""
+    without_class: Callable[[str], bool] | None = None
+    """See `Entries.without_class`."""
+
+    def of(self, _first: int, paths: Sequence[str]) -> Sequence[int]:
+        """Class numbers of entries with these paths; `NO_LABEL` for none."""
+        if not self.numbers:
+            return [NO_LABEL] * len(paths)
+        return [self.numbers.get(name, NO_LABEL) for name in self.names(paths)]
+
+    def names(self, paths: Iterable[str]) -> Iterator[str]:
+        """The class name of each path, also of one that makes no class; empty for none."""
+        last, name = "", self.top_class or ""
+        for path in paths:
+            directory = path.rpartition("/")[0]
+            if directory != last:
+                last = directory
+                name = normalized(directory.rpartition("/")[2]) if directory else self.top_class or ""
+            yield "" if self.without_class and self.without_class(path) else name
+
+    def renumbered(self, numbers: Sequence[int]) -> DirectoryLabels:
+        """The same with other numbers, given by the present ones."""
+        return replace(self, numbers={name: numbers[number] for name, number in self.numbers.items()})
+
+
+ClassLabels: TypeAlias = "StatedLabels | DirectoryLabels"
+
+
+def by_directory(entries: Entries, top_class: str | None = None) -> tuple[DirectoryLabels, tuple[str, ...]]:
     """Number the entries of a source by the name of the directory that each lies in.
 
     Junk files and label files make no class, but get the class of their directory where there is one.
@@ -30,24 +83,20 @@ def by_directory(entries: Entries, top_class: str | None = None) -> ClassNumbers
         entries: of the source.
         top_class: class of files that lie in no directory.
     """
-    classes_of: dict[str, str | None] = {"": top_class}
-    names = []
-    for path in entries.paths:
-        directory = path.rpartition("/")[0]
-        if directory not in classes_of:
-            classes_of[directory] = normalized(directory.rpartition("/")[2])
-        names.append(classes_of[directory])
-    for number in entries.without_class:
-        names[number] = None
-    label_files = {number for number, rejection in entries.rejections.items() if rejection.reason == LABEL_FILE}
-    classes = set[str | None]()
-    for number, (name, path) in enumerate(zip(names, entries.paths)):
-        if name not in classes and number not in label_files and not is_junk(path):  # once per class: is_junk is slow
-            classes.add(name)
-    return from_names([name if name in classes else None for name in names])
+    labels, found = DirectoryLabels({}, top_class, entries.without_class), {""}
+    for number, (path, name) in enumerate(zip(entries.paths, labels.names(entries.paths))):
+        if name not in found and not is_junk(path) and not _is_label_file(entries, number, path):  # once per class
+            found.add(name)
+    classes = sorted_names(found - {""})
+    return replace(labels, numbers={name: number for number, name in enumerate(classes)}), classes
 
 
-def merge(entries: Sequence[Entries]) -> tuple[list[array[int]], tuple[str, ...] | None]:
+def _is_label_file(entries: Entries, number: int, path: str) -> bool:
+    known = entries.rejections.get(number)
+    return known.reason == LABEL_FILE if known else is_label_file(entries.paths, number, path)
+
+
+def merge(entries: Sequence[Entries]) -> tuple[list[ClassLabels], tuple[str, ...] | None]:
     """Give the classes of several sources one numbering.
 
     Returns:
@@ -65,17 +114,15 @@ def merge(entries: Sequence[Entries]) -> tuple[list[array[int]], tuple[str, ...]
         classes = sorted_names(set(chain.from_iterable(names for _, names in parts)))
     number_of = {name: number for number, name in enumerate(classes)}
     merged = [
-        numbers
-        if names == classes[: len(names)]
-        else renumbered(np.frombuffer(numbers, np.int64), [number_of[name] for name in names])
+        numbers if names == classes[: len(names)] else numbers.renumbered([number_of[name] for name in names])
         for numbers, names in parts
     ]
     return merged, classes or None
 
 
-def unlabeled(entries: Sequence[Entries]) -> list[array[int]]:
+def unlabeled(entries: Sequence[Entries]) -> list[ClassLabels]:
     """`NO_LABEL` for each entry of each source."""
-    return [array("q", [NO_LABEL]) * len(source.paths) for source in entries]
+    return [DirectoryLabels() for _ in entries]
 
 
 def unique_names(classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -92,20 +139,20 @@ def unique_names(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def in_order_of(
-    existing: Sequence[str], labels: list[array[int]], classes: tuple[str, ...]
-) -> tuple[list[array[int]], tuple[str, ...]]:
+    existing: Sequence[str], labels: list[ClassLabels], classes: tuple[str, ...]
+) -> tuple[list[ClassLabels], tuple[str, ...]]:
     """The labels in the order and spelling of an existing set's classes; unchanged if the set has other classes."""
     number_of = {normalized(name): number for number, name in enumerate(existing)}
     if len(number_of) != len(existing) or len(existing) != len(classes) or number_of.keys() != set(classes):
         return labels, classes
     numbers = [number_of[name] for name in classes]
-    return [renumbered(np.frombuffer(part, np.int64), numbers) for part in labels], tuple(existing)
+    return [part.renumbered(numbers) for part in labels], tuple(existing)
 
 
-def _of_source(entries: Entries, top_class: str | None) -> ClassNumbers:
+def _of_source(entries: Entries, top_class: str | None) -> tuple[ClassLabels, tuple[str, ...]]:
     if entries.classes is not None:
-        return entries.labels, entries.classes
-    return by_directory(entries, top_class) if entries.directory_is_class else (unlabeled([entries])[0], ())
+        return StatedLabels(entries.labels), entries.classes
+    return by_directory(entries, top_class) if entries.directory_is_class else (DirectoryLabels(), ())
 
 
 def _top_classes(entries: Sequence[Entries]) -> list[str | None]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from pipeline.data.sources.inputs import Entries, is_image_name
 from pipeline.data.sources.labels.column_names import FILE_NAME_COLUMNS, JSON_LABEL_FIELDS, LABEL_COLUMNS, find_column
+from pipeline.data.sources.labels.label_files import LABEL_FILE_NAME, is_beside_image
 from pipeline.data.sources.labels.labels_csv import comparable, read_rows
 from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import parse_json, printable
 
 _MAX_READ_BYTES = 1 << 24
 _MAX_READ_BESIDE = 256  # files beside images, and lines of a .jsonl, that are read
-LABEL_FILE_NAME = re.compile(
-    r"(.*[-_. ])?(image)?(labels?|annotations?|targets?|classes|ground_?truth)([-_. ].*)?"
-    r"\.(csv|tsv|txt|json|jsonl|xml|ya?ml|parquet|npy|npz|mat|pkl|pickle)",
-    re.IGNORECASE,
-)
 _FIELDS = (*JSON_LABEL_FIELDS, "classes")
 
 
@@ -27,25 +25,14 @@ _FIELDS = (*JSON_LABEL_FIELDS, "classes")
 class Candidates:
     """The files of a source that may hold labels, as numbers of its entries."""
 
-    known: list[int] = field(default_factory=list)
+    known: array[int] = field(default_factory=lambda: array("q"))
     """Label files of a kind that is read."""
-    class_texts: list[int] = field(default_factory=list)
+    class_texts: array[int] = field(default_factory=lambda: array("q"))
     """`.cls` and the like."""
-    texts: list[int] = field(default_factory=list)
+    texts: array[int] = field(default_factory=lambda: array("q"))
     """CSV and JSON."""
-    by_name: list[int] = field(default_factory=list)
+    by_name: array[int] = field(default_factory=lambda: array("q"))
     """Other files with a name such as `labels.mat`."""
-
-
-def image_stems(entries: Entries) -> set[str]:
-    """Paths of images without their extension."""
-    return {path[: path.rfind(".")] for path in entries.paths if is_image_name(path)}
-
-
-def stem(path: str) -> str:
-    """The path without its extension, and without that of an image: `000` of `000.json` and of `000.png.json`."""
-    cut = path[: path.rfind(".")]
-    return cut[: cut.rfind(".")] if is_image_name(cut) else cut
 
 
 def unusable(source: str, path: str, reason: str) -> DataError:
@@ -71,16 +58,19 @@ def refuse(source: str, entries: Entries, candidates: Candidates, content: Calla
     """
     if not (candidates.texts or candidates.by_name):
         return
-    stems = image_stems(entries)
-    beside = [number for number in candidates.texts if stem(entries.paths[number]) in stems]
-    apart = [number for number in candidates.texts if stem(entries.paths[number]) not in stems]
+    beside, apart = array("q"), array("q")
+    for number in candidates.texts:
+        (beside if is_beside_image(entries.paths, number, entries.paths[number]) else apart).append(number)
     for number in beside[:: max(1, len(beside) // _MAX_READ_BESIDE)]:
         path = entries.paths[number]
         if entries.sizes[number] <= _MAX_READ_BYTES and (name := _label_field(_json(path, content(number)))):
             raise unusable(source, path, f"{name!a} of a file beside an image is read from a tar only")
-    paths = [comparable(path) for path in entries.paths if apart]
-    names = {name for path in paths for name in (path, path.rpartition("/")[2])}
     by_name = list(candidates.by_name)
+
+    @cache  # of all paths, so it is made only if a file may state classes
+    def names() -> set[str]:
+        return {name for path in map(comparable, entries.paths) for name in (path, path.rpartition("/")[2])}
+
     for number in apart:
         path = entries.paths[number]
         is_read = entries.sizes[number] <= _MAX_READ_BYTES
@@ -111,7 +101,7 @@ def _label_field(value: Any) -> str | None:
     return next((fields[name] for name in _FIELDS if name in fields), None)
 
 
-def _states_classes(path: str, data: bytes, names: set[str], entries: Entries) -> str:
+def _states_classes(path: str, data: bytes, names: Callable[[], set[str]], entries: Entries) -> str:
     """Why a file of an unknown kind states classes of these inputs; empty if it does not."""
     if path.lower().endswith((".csv", ".tsv")):
         return _csv_states_classes(path, data, names, entries)
@@ -120,7 +110,7 @@ def _states_classes(path: str, data: bytes, names: set[str], entries: Entries) -
     if isinstance(value, dict):
         if {"images", "annotations"} <= value.keys():
             return "annotations as COCO has them are not read"
-        if LABEL_FILE_NAME.fullmatch(path.rpartition("/")[2]) and any(comparable(name) in names for name in value):
+        if LABEL_FILE_NAME.fullmatch(path.rpartition("/")[2]) and any(comparable(name) in names() for name in value):
             return "its names and classes are not read"
         items = list(value.items())
         value = [element for item in value.values() if isinstance(item, list) for element in item]
@@ -129,12 +119,12 @@ def _states_classes(path: str, data: bytes, names: set[str], entries: Entries) -
     for name, item in items:
         if label := _label_field(item):
             texts = [name, *(text for text in item.values() if isinstance(text, str))]
-            if any(comparable(text) in names for text in texts):
+            if any(comparable(text) in names() for text in texts):
                 return f"its field {label!a} is not read"
     return ""
 
 
-def _csv_states_classes(path: str, data: bytes, names: set[str], entries: Entries) -> str:
+def _csv_states_classes(path: str, data: bytes, names: Callable[[], set[str]], entries: Entries) -> str:
     """Why a table states classes: it has known columns, names inputs, and gives them other classes than directories."""
     try:
         rows = read_rows(data.decode("utf-8-sig"), path)
@@ -147,7 +137,7 @@ def _csv_states_classes(path: str, data: bytes, names: set[str], entries: Entrie
         return ""
     directories = {comparable(path).rpartition("/")[2]: path.split("/")[-2:-1] for path in entries.paths}
     for _, cells in rows[1:]:
-        if len(cells) > max(name, label) and comparable(cells[name]) in names:
+        if len(cells) > max(name, label) and comparable(cells[name]) in names():
             directory = directories.get(comparable(cells[name]).rpartition("/")[2])
             if directory != [cells[label]]:
                 return f"give it as --labels {path}: its column {rows[0][1][label]!a} is not read by itself"
