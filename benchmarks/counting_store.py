@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import fsspec
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1]))  # for `tests`, which is not installed
 
 from tests.remote.faults import Faults
 
@@ -45,6 +45,7 @@ class CountingStore(Faults):
         self._taking = threading.Lock()
 
     def draw(self, request: str) -> str:
+        """Note a request, and wait; none fails."""
         method, path, ranged = request.split(" ", 2)
         with self._taking:
             self._requests.append(Request(time.perf_counter() - self._since, method, path, ranged))

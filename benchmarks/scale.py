@@ -11,8 +11,8 @@ memory as PSS, in which a page that k processes share counts 1/k in each.
 
 The peers need an environment of their own; without --peers-python their rows are missing:
 
-    pip install torch 'numpy<2.2' 'transformers<5' pillow matplotlib catalogue brotli python-snappy zstd xxhash webdataset
-    pip install --no-deps mosaicml-streaming==0.13.0
+    pip install torch 'numpy<2.2' 'transformers<5' pillow matplotlib catalogue brotli python-snappy zstd xxhash
+    pip install webdataset==1.0.2 && pip install --no-deps mosaicml-streaming==0.13.0
 
 They are given what they can do alike. streaming: its constructor, and its order of the first epoch. webdataset: a
 loader with its iterator, and the first name of its shuffled list; it has no counts, and no resume by sample.
@@ -39,9 +39,6 @@ from typing import Any
 import fsspec
 import numpy as np
 import psutil
-
-sys.path.append(str(Path(__file__).parent))
-
 import scale_probe
 import svg
 from counting_store import CountingStore, store
@@ -49,7 +46,7 @@ from counting_store import CountingStore, store
 Figures = dict[str, Any]
 HERE = Path(__file__).parent
 READ, QUICK_READ = (10, 1_000, 10_000, 100_000, 1_000_000), (10, 1_000, 10_000)
-WRITTEN, QUICK_WRITTEN = (10, 100, 1_000, 10_000), (10, 100)
+WRITTEN, QUICK_WRITTEN = (10, 100, 1_000, 10_000), (10,)
 COUNTED, MODELLED = (10, 60), 1_000_000
 STREAMING_MOST = 100_000
 """At a million shards of 1,000 samples its order alone would take 50 GB."""
@@ -147,7 +144,16 @@ def requests(directory: Path, counting: CountingStore) -> dict[str, dict[str, di
 def _counted(directory: Path, counting: CountingStore, shards: int) -> dict[str, dict[str, int]]:
     out = f"s3://pool/set-{shards}"
     shard = ("command", "shard", images(directory, shards), "--out", out, *shard_options())
-    index = ("command", "index", f"s3://pool/tars-{shards}/*.tar", "--out", f"{out}-index", "--channels", "1", "--quiet")
+    index = (
+        "command",
+        "index",
+        f"s3://pool/tars-{shards}/*.tar",
+        "--out",
+        f"{out}-index",
+        "--channels",
+        "1",
+        "--quiet",
+    )
     tar, fs = next(Path(directory, f"tars-{COUNTED[0]}").iterdir()), fsspec.filesystem("s3")
     for i in range(shards):
         fs.put_file(str(tar), f"pool/tars-{shards}/foreign-{i:06d}.tar")

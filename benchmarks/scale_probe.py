@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from scale_peers import measured
 
 from pipeline import cli
@@ -94,7 +91,7 @@ def ordered(place: str) -> dict[str, Any]:
 
 
 def first_batch(place: str, workers: str) -> dict[str, Any]:
-    """From nothing to the first batch. The server of the workers runs, as from the start of a job; MiB without theirs."""
+    """From nothing to the first batch, in MiB of this process alone. The workers' server runs, as in a job."""
     if int(workers):
         start_worker_server()
         ready = multiprocessing.get_context("forkserver").Process(target=os.getpid)
