@@ -259,11 +259,11 @@ def plot(result: Figures, before: Figures | None) -> str:
             name: [(row["shards"], max(sum(row[n][unit] for n in names), 1e-3)) for row in rows]
             for name, (rows, names) in curves.items()
         }
-        parts += list(_panel(svg.LEFT + panel * (svg.WIDTH + 70), title, lines))
+        parts += list(_panel(svg.LEFT + panel * (svg.WIDTH + 90), title, lines))
     for i, (name, color) in enumerate(zip(curves, svg.COLORS)):
         left = svg.LEFT + i * 205
         parts += [svg.line([(left, 20), (left + 22, 20)], color, 2), svg.text(left + 28, 24, name, "start")]
-    return svg.document(svg.LEFT + 2 * svg.WIDTH + 90, svg.TOP + svg.HEIGHT + 50, parts)
+    return svg.document(svg.LEFT + 2 * svg.WIDTH + 130, svg.TOP + svg.HEIGHT + 50, parts)
 
 
 def _panel(left: float, title: str, curves: dict[str, list[svg.Point]]) -> Iterator[str]:
