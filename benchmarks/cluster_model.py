@@ -4,9 +4,9 @@ Real are the order of the samples (`Order.lane_stream`) and the division of the 
 
 - the store: latency, a slow tail, requests a second, bandwidth of a connection, of a node and of the whole store.
   Above its rate it refuses (503), and the reader repeats the request with the pauses of `storage/remote.py`.
-- the reader (`data/loading/batches.py`, `storage/remote.py`): to open a shard it asks for the size of the sidecar, the
-  sidecar, and the size of the tar, one after another; then come ranges of 64 KiB, doubled to 4 MiB; from 1 MiB on one
-  is under way while the last is consumed. A worker reads its lanes in turn, and waits where a byte is not there.
+- the reader (`data/loading/shard_reader.py`, `storage/remote.py`): to open a shard it asks for the sidecar and for the
+  size of the tar, one after the other; then come ranges of 64 KiB, doubled to 4 MiB; from 1 MiB on one is under way
+  while the last is consumed. A worker reads its lanes in turn, and waits where a byte is not there.
 - decoding, in proportion to the bytes, in the worker's process.
 - the trainer: a worker is at most `prefetch` steps ahead of its rank, and a step begins when the last rank has its
   batch. All steps take the same time.
@@ -160,8 +160,8 @@ class Shard(NamedTuple):
 class ReaderModel:
     """How a lane reads; the defaults are the pipeline's, the others are changes that might help."""
 
-    asks_for_sizes: bool = True
-    """A HEAD before the sidecar and one before the tar."""
+    asks_for_size: bool = True
+    """A HEAD of the tar before its first range."""
     first_block: int = 1 << 16
     opens_ahead: bool = False
     """The next shard of the lane is opened, with its first block, when the last block of this one is under way, or the
@@ -233,13 +233,9 @@ class Lane:
 
     def _opening(self, shard: int) -> Process:
         """Sidecar and size of the tar."""
-        ask, file = self._cluster.reader.asks_for_sizes, f"{shard}"
-        sidecar_bytes = self.facts.sidecar_bytes
-        if ask:
-            yield self._store.request(self._node, "HEAD", f"{file}.npy")
-        yield self._store.request(self._node, "GET", f"{file}.npy", 0, sidecar_bytes)
-        if ask:
-            yield self._store.request(self._node, "HEAD", f"{file}.tar")
+        yield self._store.request(self._node, "GET", f"{shard}.npy", 0, self.facts.sidecar_bytes)
+        if self._cluster.reader.asks_for_size:
+            yield self._store.request(self._node, "HEAD", f"{shard}.tar")
 
     def take(self) -> Process:
         """The next block; the request for the one after it begins."""

@@ -26,8 +26,9 @@ from scale_peers import measured
 from pipeline import cli
 from pipeline.data.loading.batches import Batches
 from pipeline.data.loading.order import Item, Order, rank_lanes
+from pipeline.data.shards.index_file import write_index
 from pipeline.data.shards.sample_set import SampleSet
-from pipeline.data.shards.shard_set import Sample, ShardRecord, ShardSet, key, pack, write_index, write_shard
+from pipeline.data.shards.shard_set import Sample, ShardRecord, ShardSet, key, pack, write_shard
 from pipeline.processes.forkserver import start_worker_server
 
 GLOBAL_BATCH, LANES, WINDOW, RANKS = 512, 64, 256, 8

@@ -11,7 +11,8 @@ for GETs of one prefix), 3 GB/s a node of 8 ranks, 100 GB/s in all.
     first batch  seconds to the first batch of the slowest rank, without the start of Python
     waiting      share of the time after the first batch in which the devices have no batch
     slowest      how long the rank that waits most for its own data waits, over the median rank
-    epoch's end  most requests in any second from 2 s before to 2 s after the first step of the new epoch, over the mean
+    epoch's end  most requests in any second from 4 steps before the new epoch to 2 s after its first step; and how long
+                 the devices wait in these 6 steps
 
 --check compares the model with the real loader: one rank without workers, from an S3 server on this machine that
 answers late. Requests must be equal, one by one; the time is printed beside the model's.
@@ -43,16 +44,17 @@ from counting_store import Request, store
 from pipeline.data.images.preprocess import encode
 from pipeline.data.loading.batches import Batches
 from pipeline.data.loading.order import Order, rank_lanes
-from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, write_index, write_shard
+from pipeline.data.shards.index_file import write_index
+from pipeline.data.shards.shard_set import Sample, ShardSet, key, pack, write_shard
 
 BATCH, LANES, WORKERS, WINDOW, STEP_S = 32, 4, 4, 256, 1 / 16
 SAMPLES, IMAGE_BYTES, SPREAD, EXTRA_BYTES = 1000, 8500, 0.5, 1536
 """Of a shard; of an image and the standard deviation of its logarithm; of headers and KEY.json."""
 DECODE_S_PER_BYTE = 0.15e-3 / (IMAGE_BYTES + EXTRA_BYTES)
 """6,500 images of 64 px a second and worker: docs/performance.md."""
-BEFORE, AFTER = 110, 50
+BEFORE, AFTER = 60, 30
 """Steps of the old epoch and of the new one."""
-SIDECAR_HEAD, SIDECAR_ROW = 256, 28
+SIDECAR_HEAD, SIDECAR_ROW = 4096, 28  # what the reader asks for
 PADDING = 10_240
 
 
@@ -108,34 +110,34 @@ def cluster(ranks: int, sizes: np.ndarray, **changes: Any) -> Cluster:
 
 
 def cached(share: float) -> Callable[[int, int], bool]:
-    """After the first epoch each node has this share of the set."""
-    return lambda epoch, shard: epoch > 0 and shard * 0.6180339887 % 1 < share
+    """Each node has this share of the set."""
+    return lambda _epoch, shard: shard * 0.6180339887 % 1 < share
 
 
 def scenarios(ranks: int, quick: bool) -> Iterator[tuple[str, Cluster]]:
     """The runs whose figures are the rows of the table."""
     even, uneven = cluster(ranks, equal(LANES * ranks)), cluster(ranks, unequal(LANES * ranks))
     slow, far = StoreModel(slow_share=0.02), StoreModel(latency_s=0.1)
-    yield "equal shards", even
-    yield "one shard 100 times as large", cluster(ranks, giant(LANES * ranks))
+    kept = ReaderModel(asks_for_size=False, first_block=1 << 22)  # with data.cache there are whole blocks, and no HEAD
+    all_three = ReaderModel(asks_for_size=False, first_block=1 << 20, opens_ahead=True)
     yield "lognormal shards", uneven
+    yield "equal shards", even
     yield "lognormal, 1 request in 50 takes 0.6 s", replace(uneven, store=slow)
     yield "lognormal, latency 100 ms", replace(uneven, store=far)
     if quick:
         return
-    yield "lognormal, no limit of requests", replace(uneven, store=StoreModel(rate=1e9))
-    yield "equal, half of the set cached in epoch 2", replace(even, is_cached=cached(0.5))
-    yield "equal, all of the set cached in epoch 2", replace(even, is_cached=cached(1.0))
-    all_three = ReaderModel(asks_for_sizes=False, first_block=1 << 20, opens_ahead=True)
+    yield "lognormal, data.cache, empty", replace(uneven, reader=kept)
+    yield "lognormal, data.cache, half of the set", replace(uneven, reader=kept, is_cached=cached(0.5))
     for title, reader in {
-        "4 steps ahead": ReaderModel(prefetch=4), "next shard opened ahead": ReaderModel(opens_ahead=True),
-        "no HEAD": ReaderModel(asks_for_sizes=False), "first block 1 MiB": ReaderModel(first_block=1 << 20),
-        "these last three": all_three,
+        "next shard opened ahead": ReaderModel(opens_ahead=True), "no HEAD": ReaderModel(asks_for_size=False),
+        "first block 1 MiB": ReaderModel(first_block=1 << 20), "these three": all_three,
+        "data.cache, opened ahead": replace(kept, opens_ahead=True), "4 steps ahead": ReaderModel(prefetch=4),
     }.items():  # fmt: skip
-        yield f"lognormal; change: {title}", replace(uneven, reader=reader)
+        yield f"change: {title}", replace(uneven, reader=reader)
     yield "these three, 1 request in 50 takes 0.6 s", replace(uneven, reader=all_three, store=slow)
     yield "these three, latency 100 ms", replace(uneven, reader=all_three, store=far)
-    yield "these three, equal shards", replace(even, reader=all_three)
+    yield "no limit of requests", replace(uneven, store=StoreModel(rate=1e9))
+    yield "one shard 100 times as large", cluster(ranks, giant(LANES * ranks))
 
 
 def figures(run: Cluster, result: Result) -> dict[str, float]:
@@ -143,8 +145,10 @@ def figures(run: Cluster, result: Result) -> dict[str, float]:
     first, last = result.begun_s[0], result.begun_s[-1]
     arrivals = result.arrivals_s[result.arrivals_s <= last]
     settled = arrivals[arrivals > first + 1]
-    boundary = result.begun_s[min(-(-run.order.samples // run.order.global_batch) - run.first_step, run.steps - 1)]
-    around = settled[(settled > boundary - 2) & (settled < boundary + 2)]
+    new = min(-(-run.order.samples // run.order.global_batch) - run.first_step, run.steps - 1)  # first of an epoch
+    begun = np.array(result.begun_s)
+    before = max(new - 4, 0)  # workers are ahead
+    around = arrivals[(arrivals > max(begun[before], first + 1)) & (arrivals < begun[new] + 2)]
     mean = len(settled) / (last - first - 1)
     own = result.waits_s[:, 1:].sum(1)
     return {
@@ -159,6 +163,7 @@ def figures(run: Cluster, result: Result) -> dict[str, float]:
         "slowest_rank_waits_s": float(own.max()),
         "epoch_end_requests_per_s": most_in_a_second(around),
         "epoch_end_over_mean": most_in_a_second(around) / max(mean, 1e-9),
+        "epoch_end_waiting_s": float(begun[new + 2] - begun[before] - (new + 2 - before) * run.step_s),
         "requests_per_1000_images": 1000 * len(arrivals) / (run.steps * run.order.global_batch),
     }  # fmt: skip
 
@@ -172,7 +177,7 @@ def most_in_a_second(arrivals: np.ndarray) -> int:
 
 HEADS = (
     "ranks", "scenario", "requests/s: mean", "most", "start", "refused", "GB/s", "first batch, s", "waiting",
-    "median rank waits, s", "slowest", "epoch's end, requests/s", "× mean",
+    "median rank waits, s", "slowest", "epoch's end: requests/s", "× mean", "waiting, s",
 )  # fmt: skip
 
 
@@ -182,7 +187,7 @@ def table_row(ranks: int, title: str, row: dict[str, float]) -> str:
         f"{row['start_requests_per_s']:,}", f"{row['refused']:,}", f"{row['bytes_per_s'] / 1e9:.2f}",
         f"{row['first_batch_s']:.2f}", f"{row['waiting']:.1%}", f"{row['median_rank_waits_s']:.2f}",
         f"{row['slowest_rank_waits_s']:.2f}", f"{row['epoch_end_requests_per_s']:,}",
-        f"{row['epoch_end_over_mean']:.1f}",
+        f"{row['epoch_end_over_mean']:.1f}", f"{row['epoch_end_waiting_s']:.2f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -230,7 +235,7 @@ def check(counting: Counting, latency_s: float = 0.1, steps: int = 12) -> dict[s
     order = Order(1, tuple(shards.shard_samples), global_batch=256, lanes=4, window=WINDOW)
     sidecars = [shards.sidecar(i) for i in range(len(order.shard_samples))]
     counting.latency_s = latency_s
-    own_latency_s = _latency(counting.take, shards)
+    latencies_s = [_latency(counting.take, shards)]
     counting.take()
     started = time.perf_counter()
     with Batches(shards, order, rank=0, world_size=1, first_sample=0, workers=0, flip=False) as batches:
@@ -239,6 +244,8 @@ def check(counting: Counting, latency_s: float = 0.1, steps: int = 12) -> dict[s
         real_s = time.perf_counter() - started
     time.sleep(1)  # a request that was begun ahead may still be on its way
     real = counted(counting.take())
+    latencies_s.append(_latency(counting.take, shards))
+    own_latency_s = sum(latencies_s) / 2
 
     def shard(i: int) -> Shard:
         return Shard(np.cumsum(sidecars[i]["length"]).tolist(), shards.shards[i].bytes, sidecar_bytes(len(sidecars[i])))

@@ -33,9 +33,9 @@ def small(shards: int, **changes: object) -> Cluster:
     return replace(run, **changes)
 
 
-@pytest.mark.parametrize(("asks", "round_trips"), [(True, 4), (False, 2)])
+@pytest.mark.parametrize(("asks", "round_trips"), [(True, 3), (False, 2)])
 def test_a_shard_opens_in_round_trips_one_after_another(asks: bool, round_trips: int) -> None:
-    result = simulate(small(4, reader=ReaderModel(asks_for_sizes=asks)))
+    result = simulate(small(4, reader=ReaderModel(asks_for_size=asks)))
     assert result.waits_s == pytest.approx(round_trips * LATENCY_S)
     assert len(result.log) == 4 * round_trips
     assert result.begun_s == pytest.approx([i * 10.0 + (i + 1) * round_trips * LATENCY_S for i in range(4)])
@@ -44,7 +44,7 @@ def test_a_shard_opens_in_round_trips_one_after_another(asks: bool, round_trips:
 def test_a_worker_or_an_open_shard_ahead_leaves_only_the_first_wait() -> None:
     for changes in ({"workers": 1}, {"reader": ReaderModel(opens_ahead=True)}):
         result = simulate(small(4, **changes))
-        assert result.waits_s[0] == pytest.approx([4 * LATENCY_S, 0, 0, 0])
+        assert result.waits_s[0] == pytest.approx([3 * LATENCY_S, 0, 0, 0])
 
 
 def test_a_store_answers_no_more_than_its_rate() -> None:
@@ -52,13 +52,13 @@ def test_a_store_answers_no_more_than_its_rate() -> None:
     run = small(64, order=order, ranks=64, steps=1, store=replace(EXACT, rate=20.0))
     result = simulate(run)
     answered = len(result.log)
-    assert answered == 4 * 64 == len(result.arrivals_s) - result.refused
+    assert answered == 3 * 64 == len(result.arrivals_s) - result.refused
     assert result.refused > 64 and result.begun_s[0] > answered / 20.0 - 1
 
 
 def test_a_decoder_that_is_too_slow_is_waited_for() -> None:
     result = simulate(small(4, workers=1, step_s=1.0, decode_s_per_byte=2.0 / 8192))
-    assert np.diff(result.begun_s) == pytest.approx(2.0 + 4 * LATENCY_S)
+    assert np.diff(result.begun_s) == pytest.approx(2.0 + 3 * LATENCY_S)
 
 
 @pytest.mark.parametrize("sizes", [simulated_cluster.equal, simulated_cluster.unequal, simulated_cluster.giant])
