@@ -25,7 +25,7 @@ import numpy as np
 from pipeline.data.loading.order import Item, Order, Place, rank_lanes
 
 AHEAD, LARGEST = 1 << 20, 1 << 22
-_LAST = 256
+_LAST, _SCATTER = 256, 0.6180339887  # samples; a lane's number times this, modulo 1, is its place between
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 8.0
 
 
@@ -164,8 +164,8 @@ class ReaderModel:
     """A HEAD of the tar before its first range."""
     first_block: int = 1 << 16
     opens_ahead: bool = False
-    """The next shard of the lane is opened, with its first block, when the last block of this one is under way, or the
-    lane has `_LAST` samples left in the epoch."""
+    """The next shard of the lane is opened, with its first block, when the last block of this one is under way, and the
+    first one of an epoch 256 to 1,024 samples ahead, each lane at another time."""
     prefetch: int = 2
     """Steps that a worker is ahead of its rank."""
 
@@ -199,6 +199,7 @@ class Lane:
         order = cluster.order
         start = cluster.first_step * order.global_batch // order.lanes
         self.items: Iterator[Item] = order.lane_stream(number, start)
+        self.last = _LAST * (1 + 3 * (number * _SCATTER % 1))
         self.shard = -1
         self.facts = Shard([], 0, 0)
         self.row = 0  # the next one, if it goes on in order
@@ -367,6 +368,6 @@ def _read_step(cluster: Cluster, lane: Lane, busy: float) -> Generator[float | E
             lane.row = row + 1
             lane.held[ahead] = lane.facts.ends[row] - (lane.facts.ends[row - 1] if row else 0)
         busy += lane.held.pop(place) * cluster.decode_s_per_byte
-    if (order.samples - position % order.samples) // order.lanes < _LAST:
+    if (order.samples - position % order.samples) // order.lanes < lane.last:
         lane.open_ahead()
     return busy

@@ -119,7 +119,7 @@ def scenarios(ranks: int, quick: bool) -> Iterator[tuple[str, Cluster]]:
     even, uneven = cluster(ranks, equal(LANES * ranks)), cluster(ranks, unequal(LANES * ranks))
     slow, far = StoreModel(slow_share=0.02), StoreModel(latency_s=0.1)
     kept = ReaderModel(asks_for_size=False, first_block=1 << 22)  # with data.cache there are whole blocks, and no HEAD
-    all_three = ReaderModel(asks_for_size=False, first_block=1 << 20, opens_ahead=True)
+    all_three = replace(kept, opens_ahead=True)
     yield "lognormal shards", uneven
     yield "equal shards", even
     yield "lognormal, 1 request in 50 takes 0.6 s", replace(uneven, store=slow)
@@ -130,8 +130,8 @@ def scenarios(ranks: int, quick: bool) -> Iterator[tuple[str, Cluster]]:
     yield "lognormal, data.cache, half of the set", replace(uneven, reader=kept, is_cached=cached(0.5))
     for title, reader in {
         "next shard opened ahead": ReaderModel(opens_ahead=True), "no HEAD": ReaderModel(asks_for_size=False),
-        "first block 1 MiB": ReaderModel(first_block=1 << 20), "these three": all_three,
-        "data.cache, opened ahead": replace(kept, opens_ahead=True), "4 steps ahead": ReaderModel(prefetch=4),
+        "first block 4 MiB": ReaderModel(first_block=1 << 22), "these three": all_three,
+        "4 steps ahead": ReaderModel(prefetch=4),
     }.items():  # fmt: skip
         yield f"change: {title}", replace(uneven, reader=reader)
     yield "these three, 1 request in 50 takes 0.6 s", replace(uneven, reader=all_three, store=slow)
@@ -158,7 +158,7 @@ def figures(run: Cluster, result: Result) -> dict[str, float]:
         "refused": result.refused,
         "bytes_per_s": result.bytes / last,
         "first_batch_s": first,
-        "waiting": 1 - (run.steps - 1) * run.step_s / (last - first),
+        "waiting": max(1 - (run.steps - 1) * run.step_s / (last - first), 0.0),
         "median_rank_waits_s": float(np.median(own)),
         "slowest_rank_waits_s": float(own.max()),
         "epoch_end_requests_per_s": most_in_a_second(around),
