@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 BENCHMARKS := "shard_throughput.py --rounds 3" "loader_throughput.py --rounds 2" "checkpoint_stall.py --saves 3" \
-  "train_step.py --threads 1" "sampling.py --threads 1" "roofline.py --threads 1" "ddp_scaling.py --rounds 4" "cost.py --threads 1" memory.py
+  "train_step.py --threads 1" "sampling.py --threads 1" "roofline.py --threads 1" "ddp_scaling.py --rounds 4" "cost.py --threads 1" memory.py \
+  "scale.py --quick" "simulated_cluster.py --quick"
 
 PARSERS := tar targz zip npy npz cifar parquet index record samples sidecar sample foreign manifest result image \
   member places json torch pickle weights diffusers

@@ -263,7 +263,7 @@ def main() -> None:
     say(f"SW1 of {mixture.SEEDS:,} samples (seeds from 0); of as many draws of the mixture itself: {least:.4f}")
     rows = list(measure(truth, options.prediction_types))
     if options.plot:
-        options.plot.writesvg.text(plot(rows, least))
+        options.plot.write_text(plot(rows, least))
     for line in tables(rows):
         say(line)
     if options.json:

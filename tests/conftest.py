@@ -26,8 +26,8 @@ LONG = (
     "test_doctor.py", "data/shards/test_damage.py", "processes/test_pool.py", "training/test_start.py",
     "model/test_unet.py", "cluster", "test_evaluate.py", "sampling/test_ema_length.py", "test_export.py",
     "test_sample.py", "training/test_evaluator.py", "data/sources/test_parquet.py", "test_forecast.py",
-    "repo/test_wheel.py", "test_report.py", "test_notebook.py", "test_attacks.py", "sampling/test_options.py",
-    "diffusion/test_learned_variance.py",
+    "repo/test_wheel.py", "repo/test_benchmarks.py", "test_report.py", "test_notebook.py", "test_attacks.py",
+    "sampling/test_options.py", "diffusion/test_learned_variance.py",
 )  # fmt: skip
 """Files and directories with the longest tests, longest first; the files of slurm, which share a cluster, lie apart."""
 
