@@ -4,9 +4,9 @@ Real are the order of the samples (`Order.lane_stream`) and the division of the 
 
 - the store: latency, a slow tail, requests a second, bandwidth of a connection, of a node and of the whole store.
   Above its rate it refuses (503), and the reader repeats the request with the pauses of `storage/remote.py`.
-- the reader (`data/loading/shard_reader.py`, `storage/remote.py`): to open a shard it asks for the sidecar and for the
-  size of the tar, one after the other; then come ranges of 64 KiB, doubled to 4 MiB; from 1 MiB on one is under way
-  while the last is consumed. A worker reads its lanes in turn, and waits where a byte is not there.
+- the reader (`data/loading/shard_reader.py`, `storage/remote.py`): to open a shard it asks for the sidecar, then for
+  the first block of the tar; from the second 64 KiB of a block on the next one is under way. The next shard of a lane
+  is opened ahead. A worker reads its lanes in turn, and waits where a byte is not there.
 - decoding, in proportion to the bytes, in the worker's process.
 - the trainer: a worker is at most `prefetch` steps ahead of its rank, and a step begins when the last rank has its
   batch. All steps take the same time.
@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data.loading.order import Item, Order, Place, rank_lanes
+from pipeline.data.loading.order import Item, Order, Place, announced, rank_lanes
+from pipeline.data.loading.shard_reader import announced_ahead
 
 AHEAD, LARGEST = 1 << 20, 1 << 22
-_LAST, _SCATTER = 256, 0.6180339887  # samples; a lane's number times this, modulo 1, is its place between
+_BUFFER = 1 << 16  # of `storage/remote.py`: a block counts as begun when the second one of these is read
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 8.0
 
 
@@ -158,14 +160,13 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class ReaderModel:
-    """How a lane reads; the defaults are the pipeline's, the others are changes that might help."""
+    """How a lane reads; the defaults are the pipeline's, the others show what each part of it is good for."""
 
-    asks_for_size: bool = True
+    asks_for_size: bool = False
     """A HEAD of the tar before its first range."""
-    first_block: int = 1 << 16
-    opens_ahead: bool = False
-    """The next shard of the lane is opened, with its first block, when the last block of this one is under way, and the
-    first one of an epoch 256 to 1,024 samples ahead, each lane at another time."""
+    first_block: int = LARGEST
+    opens_ahead: bool = True
+    """A shard is opened, with its first block, 64 to 1,024 samples ahead, each lane at another time."""
     prefetch: int = 2
     """Steps that a worker is ahead of its rank."""
 
@@ -192,38 +193,51 @@ class Cluster:
 
 
 class Lane:
-    """One lane's reader: `_Reader` and `_RangedFile` in one."""
+    """One lane's reader: `ShardReader` and `_RangedFile` in one."""
 
     def __init__(self, cluster: Cluster, store: Store, clock: Clock, node: int, number: int) -> None:
         self._cluster, self._store, self._clock, self._node = cluster, store, clock, node
         order = cluster.order
         start = cluster.first_step * order.global_batch // order.lanes
-        self.items: Iterator[Item] = order.lane_stream(number, start)
-        self.last = _LAST * (1 + 3 * (number * _SCATTER % 1))
+        items = order.lane_stream(number, start)
+        if cluster.reader.opens_ahead:
+            items = announced(items, self._announce, announced_ahead(number))
+        self.items: Iterator[Item] = items
         self.shard = -1
         self.facts = Shard([], 0, 0)
         self.row = 0  # the next one, if it goes on in order
         self.have = 0  # bytes of the tar that have come, up to here
+        self._block_start = 0
         self._length = 0
         self._next: tuple[Event, int] | None = None
-        self._opened: tuple[Event, int] | None = None  # the next shard, and the bytes of its first block
+        self._announced: deque[Place] = deque()
+        self._opened: tuple[Place, Event] | None = None
         self.held: dict[Place, int] = {}
 
-    def open(self, shard: int, row: int, position: int) -> Process:
+    def begin(self) -> None:
+        """Open the first shard, as all lanes of a worker do together."""
+        first = next(self.items)
+        self.items = itertools.chain([first], self.items)
+
+    def open(self, place: Place, position: int) -> Process:
         """Go on in another shard, from a row on."""
-        self.shard, self.facts, self._next = shard, self._cluster.shard(shard), None
-        self.have = self.facts.ends[row - 1] if row else 0
+        self.shard, self.facts, self._next = place.shard, self._cluster.shard(place.shard), None
+        self.have = self._start_of(place)
         self._length = self._cluster.reader.first_block
-        self.row = row
-        cached, opened, self._opened = self._cluster.is_cached, self._opened, None
-        if cached and cached(position // self._cluster.order.samples, shard):
+        self.row = place.row
+        cached, opened = self._cluster.is_cached, self._opened
+        if cached and cached(position // self._cluster.order.samples, place.shard):
             self.have = self.facts.bytes
-        elif opened:
-            event, length = opened
-            yield event
-            self._next = event, length
+        elif opened and opened[0] == place:
+            yield opened[1]
+            self._took(self._first_length(place))
         else:
-            yield from self._opening(shard)
+            done = Event()
+            self._clock.start(self._opening(place, done))
+            yield done
+            self._took(self._first_length(place))
+        self._opened = None
+        self._open_next()
 
     def seek(self, row: int) -> None:
         """Go on at another row of this shard, which the slice of the next epoch begins with."""
@@ -232,34 +246,51 @@ class Lane:
             self.have, self._length, self._next = start, self._cluster.reader.first_block, None
         self.row = row
 
-    def _opening(self, shard: int) -> Process:
-        """Sidecar and size of the tar."""
-        yield self._store.request(self._node, "GET", f"{shard}.npy", 0, self.facts.sidecar_bytes)
-        if self._cluster.reader.asks_for_size:
-            yield self._store.request(self._node, "HEAD", f"{shard}.tar")
-
     def take(self) -> Process:
-        """The next block; the request for the one after it begins."""
+        """The next block."""
         event, length = self._next or self._block()
         yield event
+        self._next = None
+        self._took(length)
+
+    def consumed(self, end: int) -> None:
+        """The tar is read up to here; from the second buffer of a block on the next block is asked for."""
+        is_begun = end > self._block_start + _BUFFER
+        if is_begun and self._next is None and self._length >= AHEAD and self.have < self.facts.bytes:
+            self._next = self._block()
+
+    def _took(self, length: int) -> None:
+        self._block_start = self.have
         self.have += length
         self._length = min(2 * self._length, LARGEST)
-        is_last = self.have >= self.facts.bytes
-        self._next = self._block() if self._length >= AHEAD and not is_last else None
-        is_last = is_last or (self._next is not None and self.have + self._next[1] >= self.facts.bytes)
-        if is_last:
-            self.open_ahead()
 
-    def open_ahead(self) -> None:
-        """Begin with the next shard. Which one it is makes no difference to the time: this one stands for it."""
-        if self._cluster.reader.opens_ahead and not self._opened:
-            self._opened = Event(), self._cluster.reader.first_block
-            self._clock.start(self._open_ahead(self._opened))
+    def _announce(self, place: Place) -> None:
+        self._announced.append(place)
+        self._open_next()
 
-    def _open_ahead(self, opened: tuple[Event, int]) -> Process:
-        yield from self._opening(-1)
-        yield self._store.request(self._node, "GET", "-1.tar", 0, opened[1])
-        self._clock.happen(opened[0])
+    def _open_next(self) -> None:
+        if self._announced and not self._opened:
+            place = self._announced.popleft()
+            self._opened = place, Event()
+            self._clock.start(self._opening(*self._opened))
+
+    def _opening(self, place: Place, done: Event) -> Process:
+        """Sidecar, perhaps the size of the tar, and its first block."""
+        shard = self._cluster.shard(place.shard)
+        cached = self._cluster.is_cached
+        if not (cached and cached(0, place.shard)):
+            yield self._store.request(self._node, "GET", f"{place.shard}.npy", 0, shard.sidecar_bytes)
+            if self._cluster.reader.asks_for_size:
+                yield self._store.request(self._node, "HEAD", f"{place.shard}.tar")
+            start = self._start_of(place)
+            yield self._store.request(self._node, "GET", f"{place.shard}.tar", start, start + self._first_length(place))
+        self._clock.happen(done)
+
+    def _start_of(self, place: Place) -> int:
+        return self._cluster.shard(place.shard).ends[place.row - 1] if place.row else 0
+
+    def _first_length(self, place: Place) -> int:
+        return min(self._cluster.reader.first_block, self._cluster.shard(place.shard).bytes - self._start_of(place))
 
     def _block(self) -> tuple[Event, int]:
         length = min(self._length, self.facts.bytes - self.have)
@@ -307,6 +338,8 @@ class _Run:
             for worker in range(workers):
                 share = own[len(own) * worker // workers : len(own) * (worker + 1) // workers]
                 lanes = [Lane(self._cluster, self._store, self._clock, node, lane) for lane in share]
+                for lane in lanes:
+                    lane.begin()
                 self._clock.start(self._work(rank, lanes))
             self._clock.start(self._train(rank))
         self._clock.run()
@@ -352,22 +385,21 @@ class _Run:
 
 def _read_step(cluster: Cluster, lane: Lane, busy: float) -> Generator[float | Event, None, float]:
     """A lane's samples of one step. `busy`: seconds of decoding that have not passed yet; returned as well."""
-    order, position = cluster.order, 0
+    order = cluster.order
     for position, place, reads in itertools.islice(lane.items, order.global_batch // order.lanes):
-        for ahead in reads:
-            shard, row = ahead
+        for needed in reads:
+            shard, row = needed
             if shard == lane.shard and row != lane.row:
                 lane.seek(row)
             if shard != lane.shard or lane.have < lane.facts.ends[row]:
                 yield busy
                 busy = 0.0
                 if shard != lane.shard:
-                    yield from lane.open(shard, row, position)
+                    yield from lane.open(needed, position)
                 while lane.have < lane.facts.ends[row]:
                     yield from lane.take()
             lane.row = row + 1
-            lane.held[ahead] = lane.facts.ends[row] - (lane.facts.ends[row - 1] if row else 0)
+            lane.consumed(lane.facts.ends[row])
+            lane.held[needed] = lane.facts.ends[row] - (lane.facts.ends[row - 1] if row else 0)
         busy += lane.held.pop(place) * cluster.decode_s_per_byte
-    if (order.samples - position % order.samples) // order.lanes < lane.last:
-        lane.open_ahead()
     return busy

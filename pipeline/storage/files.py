@@ -64,9 +64,7 @@ def exists(url: str) -> bool:
 
 def is_dir(url: str) -> bool:
     """Whether `url` is a directory, or on an object store the prefix of a file."""
-    if not is_remote(url):
-        return local(url).is_dir()
-    return (_info(url) or {}).get("type") == "directory"
+    return (_info(url) or {}).get("type") == "directory" if is_remote(url) else local(url).is_dir()
 
 
 def listdir(url: str) -> list[str]:
@@ -142,10 +140,8 @@ def free_bytes(url: str) -> int | None:
     return None if is_remote(url) else local_disk.free_bytes(local(url))
 
 
-def open_read(
-    url: str, offset: int = 0, length: int | None = None, cached: remote.CachedBlocks | None = None
-) -> BinaryIO:
-    """Open for reading at a byte offset: a seek locally, remotely range requests (`remote.stream`, with `cached`).
+def open_read(url: str, offset: int = 0, length: int | None = None) -> BinaryIO:
+    """Open for reading at a byte offset: a seek locally, range requests remotely, repeated if a connection breaks.
 
     If the caller knows the `length` of the whole file, the store is not asked for it.
 
@@ -153,10 +149,10 @@ def open_read(
         FileNotFoundError: there is no such file.
         DataError: a device, pipe or directory, or a store that cannot be read; reading from the file raises it too.
     """
-    if is_remote(url):
-        file = remote.stream(url, size(url) if length is None else length, cached)
-    else:
+    if not is_remote(url):
         file = local_disk.open_regular(local(url))
+    else:
+        file = cast(BinaryIO, remote.open_ranges(url, size(url) if length is None else length))
     file.seek(offset)
     return file
 
@@ -164,8 +160,7 @@ def open_read(
 def read_bytes(url: str, *, pipes: bool = False, at_most: int | None = None) -> bytes:
     """Read a whole file; with `pipes` also a pipe, such as a shell makes of `<(command)`.
 
-    If the caller knows that the file has no more than `at_most` bytes, a store gets a single request, whose answer may
-    be cut short.
+    For a file of no more than `at_most` bytes a store gets one request, whose answer may be cut short.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -189,12 +184,16 @@ def sha256(url: str) -> str:
 
 
 def read_json(url: str, length: int | None = None) -> Any:
-    """Read a JSON file; if the caller knows its `length`, the store is not asked for it.
+    """Read a JSON file; a store gets one request if the file is not large, or if the caller knows its `length`.
 
     Raises:
         FileNotFoundError: there is no such file.
         DataError: `untrusted.parse_json` refuses its content.
     """
+    if length is None and is_remote(url):
+        data = remote.read_range(url, 0, remote.BLOCK_BYTES)
+        with suppress(DataError):  # a large file, or an answer that was cut short
+            return untrusted.parse_json(data, url)
     with open_read(url, length=length) as file:
         return untrusted.parse_json(file.read(untrusted.MAX_JSON_BYTES + 1), url)
 

@@ -31,20 +31,24 @@ from pipeline.untrusted import printable
 Result = TypeVar("Result")
 CachedBlocks = Callable[[int, Callable[[], bytes]], bytes]
 BLOCK_BYTES = 1 << 22
-"""Of a block in the cache of a node, except a file's last one."""
+"""Of the largest requests, and of a block in the cache of a node, except a file's last one."""
 _TIMEOUT_S = 60.0
 _NOTE_EVERY_S = 60.0
 _LONGEST_PAUSE_S = 8.0
-_BLOCK = 1 << 16, 1 << 22  # bytes of a request: the first after a seek, and the largest
 _AHEAD = 1 << 20  # from this length on a block is requested while the one before is consumed
 _BUFFER = 1 << 16
 _SLOWEST = 1 << 20  # bytes a second: a file that comes more slowly is asked for again
 _THREADS = 16
+_NO_SUCH_RANGE = re.compile(r"InvalidRange|not satisfiable|no byte came|\b416\b", re.IGNORECASE)
 _WEB = ("http", "https")
 _CHAIN = re.compile(r"::[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _NO_BUCKET = re.compile("bucket does not exist|NoSuchBucket", re.IGNORECASE)
 _PERMANENT = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError, ImportError)
 _PERMANENT_NAMES = re.compile("Credentials|Authentication|ParamValidation")  # their packages may not be installed
+
+
+class _CutShort(ValueError):  # noqa: N818
+    """A file ends before a byte that it should have."""
 
 
 class _Retries:
@@ -101,12 +105,18 @@ def attempt(url: str, operation: Callable[[fsspec.AbstractFileSystem, str], Resu
             failures += 1
 
 
+_ADVICE: tuple[tuple[type[Exception], str], ...] = (
+    (FileNotFoundError, "correct the address, or make the bucket"),
+    (PermissionError, "give other credentials, or these the right to it"),
+    (_CutShort, "it is cut short or changed: restore it from a copy, or run the command that made it again"),
+)
+
+
 def _advice(error: Exception) -> str:
     """What to do about a permanent error; empty for errors that may go away."""
-    if isinstance(error, FileNotFoundError):
-        return "correct the address, or make the bucket"
-    if isinstance(error, PermissionError):
-        return "give other credentials, or these the right to it"
+    for kind, advice in _ADVICE:
+        if isinstance(error, kind):
+            return advice
     if "Credentials" in type(error).__name__:
         return "give some, in the environment or a file, as the store's package says (s3: AWS_ACCESS_KEY_ID, …)"
     if isinstance(error, _PERMANENT) or _PERMANENT_NAMES.search(type(error).__name__):
@@ -165,25 +175,39 @@ def _limit(fs: fsspec.AbstractFileSystem, size: int = 0) -> dict[str, float]:
     return {"timeout": _timeout_s() + size / _SLOWEST} if fs.async_impl else {}
 
 
-def stream(url: str, size: int, cached: CachedBlocks | None = None) -> BinaryIO:
+def open_ranges(
+    url: str, size: int, first_bytes: int = 1 << 16, cached: CachedBlocks | None = None
+) -> io.BufferedReader:
     """Open a remote file of this size. It is read by range requests: one is under way while the last is consumed.
 
     Args:
         url: the file.
         size: its bytes.
+        first_bytes: of the first request, also after a seek; later ones double up to `BLOCK_BYTES`.
         cached: gives block `number` of the file, of `BLOCK_BYTES`: from this node, or by a call of its second argument.
     """
-    return cast(BinaryIO, io.BufferedReader(_RangedFile(url, size, cached), _BUFFER))
+    return io.BufferedReader(_RangedFile(url, size, first_bytes, cached), _BUFFER)
+
+
+def stream(url: str, offset: int, size: int, cached: CachedBlocks | None = None) -> BinaryIO:
+    """Open a remote file to read it from an offset on, in order; returns when the first block is there.
+
+    `size` and `cached` as for `open_ranges`. Raises the same as `attempt`.
+    """
+    file = open_ranges(url, size, BLOCK_BYTES, cached)
+    file.seek(offset)
+    file.peek(1)
+    return cast(BinaryIO, file)
 
 
 class _RangedFile(io.RawIOBase):
     """Reads a file in blocks, which grow while it is read in order; it continues where a connection breaks."""
 
-    def __init__(self, url: str, size: int, cached: CachedBlocks | None) -> None:
+    def __init__(self, url: str, size: int, first_bytes: int, cached: CachedBlocks | None) -> None:
         self._url, self._size, self._cached, self._at = url, size, cached, 0
         self._block = memoryview(b"")  # the bytes from `_at` on that have come and are not consumed
-        self._first_length = BLOCK_BYTES if cached else _BLOCK[0]
-        self._length = self._first_length
+        self._block_at = 0
+        self._first_bytes = self._length = first_bytes
         self._next: _Request | None = None
 
     def readable(self) -> bool:
@@ -202,34 +226,40 @@ class _RangedFile(io.RawIOBase):
         if self._at <= at <= self._at + len(self._block):
             self._block = self._block[at - self._at :]
         else:
-            self._block, self._length, self._next = memoryview(b""), self._first_length, None
+            self._block, self._length, self._next = memoryview(b""), self._first_bytes, None
         self._at = at
         return at
 
     def readinto(self, buffer: Any) -> int:
         if not self._block and self._at < self._size:
-            self._block = memoryview(self._take())
+            self._block_at, self._block = self._at, memoryview(self._take())
         count = min(len(buffer), len(self._block))
         buffer[:count] = self._block[:count]
         self._at, self._block = self._at + count, self._block[count:]
+        # Not with the block's first bytes: perhaps the file is opened for later reads.
+        if self._next is None and self._length >= _AHEAD and self._at > self._block_at + _BUFFER:
+            self._next = self._request(self._at + len(self._block))
         return count
 
     def readall(self) -> bytes:
-        self._length = _BLOCK[1]
+        self._length = BLOCK_BYTES
         return b"".join(iter(partial(self.read, self._length), b""))
 
     def _take(self) -> bytes:
-        """The block from here on; the request for the one after it begins."""
+        """The block from here on."""
         request = self._next or self._request(self._at)
+        assert request is not None
         data = request.data.result()[request.skipped :]
         if len(data) < request.length - request.skipped:
             RETRIES.add(self._url, f"{len(data)} bytes instead of {request.length}", note=True)
-        end = self._at + len(data)
-        self._length = min(2 * self._length, _BLOCK[1])
-        self._next = self._request(end) if self._length >= _AHEAD and end < self._size else None
+        self._length = min(2 * self._length, BLOCK_BYTES)
+        self._next = None
         return data
 
-    def _request(self, start: int) -> _Request:
+    def _request(self, start: int) -> _Request | None:
+        """The request for the block from an offset on; None at the end of the file."""
+        if start >= self._size:
+            return None
         if self._cached is None:
             length = min(self._length, self._size - start)
             return _Request(Background(partial(read_range, self._url, start, length)), length)
@@ -264,9 +294,21 @@ def complete_range(url: str, start: int, length: int) -> bytes:
 
 
 def _part(fs: fsspec.AbstractFileSystem, path: str, *, start: int, end: int) -> bytes:
-    data: bytes = fs.cat_file(path, start=start, end=end, **_limit(fs, end - start))
-    if not data:
-        raise EOFError("no byte came")
+    try:
+        data: bytes = fs.cat_file(path, start=start, end=end, **_limit(fs, end - start))
+        if not data:
+            raise EOFError("no byte came")
+    except Exception as error:
+        if _NO_SUCH_RANGE.search(str(error)) and (size := _size(fs, path)) is not None and size <= start:
+            raise _CutShort(f"it has only {size} bytes") from error
+        raise
     if len(data) > end - start:
         raise ValueError("the server gives whole files only, not parts")
     return data
+
+
+def _size(fs: fsspec.AbstractFileSystem, path: str) -> int | None:
+    """Bytes of a file; None if the store does not say it now."""
+    with suppress(Exception):
+        return cast(int | None, fs.info(path, **_limit(fs))["size"])
+    return None

@@ -33,6 +33,6 @@ class Recorder:
 def test_the_model_sends_the_requests_of_the_loader(store: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = simulated_cluster.check(Recorder(store, monkeypatch), latency_s=0.02)
     assert checked["equal"], checked
-    assert checked["requests"] > 100
+    assert checked["requests"] > 30
     # The time depends on the machine, which other tests use too; the benchmark prints it with a longer latency.
     assert 1 / 3 < checked["seconds"] / checked["predicted_seconds"] < 3, checked

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.storage import files, remote_walk
 from tests.data.shards.test_build import write_images
-from tests.jobs import shard
+from tests.launch import ddpm
 from tests.remote.faults import Faults
 
 PREFIX = "prefix=listed%2Fin%2F&"
@@ -25,11 +25,12 @@ def listings(seen: list[str]) -> list[str]:
     return [request for request in seen if "list-type=2" in request and PREFIX in request and "max-keys" not in request]
 
 
-OPTIONS = {"size": 8, "shard_samples": 10, "workers": 1, "quiet": True}
+OPTIONS = ("--size", 8, "--shard-samples", 10, "--workers", 1, "--quiet")
 
 
 def part(number: int) -> None:
-    shard(["s3://pool/listed/in"], "s3://pool/listed/set", part=f"{number}/4", **OPTIONS)
+    done = ddpm("shard", "s3://pool/listed/in", "--out", "s3://pool/listed/set", "--part", f"{number}/4", *OPTIONS)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_second_of_four_parts_does_not_list_the_prefix_again(seen: list[str], tmp_path) -> None:
@@ -46,7 +47,8 @@ def test_the_second_of_four_parts_does_not_list_the_prefix_again(seen: list[str]
         assert listings(seen) == [], seen
         inventory = [request for request in seen if "/.listing/inputs-" in request and request.startswith("GET")]
         assert 1 <= len(inventory) <= 4, inventory
-    shard([str(tmp_path / "in")], str(tmp_path / "set"), **OPTIONS)
+    done = ddpm("shard", tmp_path / "in", "--out", tmp_path / "set", *OPTIONS)
+    assert done.returncode == 0, done.stderr
     for path in sorted((tmp_path / "set").glob("*.tar")):
         assert files.read_bytes(f"s3://pool/listed/set/{path.name}") == path.read_bytes()
     assert not files.exists("s3://pool/listed/set/.listing")

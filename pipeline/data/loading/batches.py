@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -31,8 +30,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from webdataset import DataPipeline
 
 from pipeline.data.images.preprocess import Rejected
-from pipeline.data.loading.order import Item, Order, Place, rank_lanes
-from pipeline.data.loading.shard_reader import ShardReader, damage_message
+from pipeline.data.loading.order import Item, Order, Place, announced, rank_lanes
+from pipeline.data.loading.shard_reader import ShardReader, announced_ahead, damage_message
 from pipeline.data.shards.index_tars import decoder
 from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import DataError, PipelineError
@@ -43,7 +42,6 @@ from pipeline.storage import files
 
 _GRACE_S = 2.0
 _PREFETCH_STEPS = 2  # steps that a worker is ahead of the rank
-_PREPARED_ITEMS = 32  # samples of a lane before the first of another shard at which it begins to be opened
 _DRAWN_STEPS = 32  # flips are drawn for so many steps at a time; no effect on their values
 
 
@@ -255,7 +253,7 @@ def _read_lanes(shards: ShardSet, order: Order, lanes: range, start: int) -> Ite
     streams = []
     for lane in _own_lanes(lanes):
         reader = ShardReader(shards)
-        items = _prepared(reader, order.lane_stream(lane, start))
+        items = announced(order.lane_stream(lane, start), reader.announce, announced_ahead(lane))
         streams.append(_read_lane(reader, chain([next(items)], items)))  # all lanes open their first shards together
     while True:
         for stream in streams:
@@ -269,19 +267,6 @@ def _read_lane(reader: ShardReader, items: Iterable[Item]) -> Iterator[_Encoded]
             for ahead in reads:
                 held[ahead] = reader.read(ahead)
             yield position, place, *held.pop(place)
-
-
-def _prepared(reader: ShardReader, items: Iterator[Item]) -> Iterator[Item]:
-    """The items; the reader prepares the shards that they read some items earlier."""
-    ahead, shard = deque[Item](), -1
-    for item in items:
-        for place in item.reads:
-            if place.shard != shard:
-                reader.prepare(place)
-                shard = place.shard
-        ahead.append(item)
-        if len(ahead) > _PREPARED_ITEMS:
-            yield ahead.popleft()
 
 
 def _decode(shards: ShardSet, samples: Iterable[_Encoded]) -> Iterator[_Decoded]:

@@ -9,9 +9,11 @@ forwards, and always holds fewer than B samples. Only `rank_lanes` depends on ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -180,6 +182,24 @@ def _uniforms(key: int, use: Use, start: int, count: int) -> NDArray[np.float64]
 def _argsort(keys: NDArray[np.float64]) -> NDArray[np.int64]:
     """A stable sort, so that every version of numpy orders equal keys in the same way."""
     return np.argsort(keys, kind="stable")
+
+
+def announced(items: Iterator[Item], announce: Callable[[Place], None], depth: int) -> Iterator[Item]:
+    """The items of a lane; the first place of each shard is announced up to `depth` items before it is read.
+
+    At the start nothing is announced but the first place; two items are taken for each one given until `depth` is
+    reached, so that what is needed later does not compete with the first batch.
+    """
+    ahead, shard, taken = deque[Item](), -1, 1
+    while True:
+        for item in islice(items, taken):
+            for place in item.reads:
+                if place.shard != shard:
+                    announce(place)
+                    shard = place.shard
+            ahead.append(item)
+        yield ahead.popleft()
+        taken = 2 if len(ahead) < depth else 1
 
 
 def default_lanes(global_batch: int) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from functools import partial
-from io import BufferedReader
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from pipeline.data.shards.shard_set import ShardSet
 from pipeline.errors import DataError
 from pipeline.processes.background import Background
 from pipeline.storage import files
+
+_LEAST_AHEAD, _SCATTERED = 64, 960
+_GOLDEN_RATIO = 0.618034  # its multiples spread evenly between whole numbers
 
 
 class _Opened(NamedTuple):
@@ -29,17 +32,19 @@ class ShardReader:
     def __init__(self, shards: ShardSet) -> None:
         self._shards = shards
         self._opened: _Opened | None = None
+        self._announced = deque[Place]()
         self._next: tuple[Place, Background[_Opened]] | None = None
         self._at = 0
 
-    def prepare(self, place: Place) -> None:
-        """Begin to open the shard of a later read, whose first sample will be this one, if it lies in a store.
+    def announce(self, place: Place) -> None:
+        """Open the shard of a later read in time, if it lies in a store; `place` is the first that is read of it.
 
-        To open it takes three answers of the store, one after the other. All ranks wait for the slowest one in each
+        To open a shard takes two answers of the store, one after the other. All ranks wait for the slowest one in each
         step, and with a thousand ranks some rank opens a shard in almost every step.
         """
-        if files.is_remote(self._shards.tar(place.shard)) and not self._next:
-            self._next = place, Background(partial(self._open, place, begin=True))
+        if files.is_remote(self._shards.tar(place.shard)):
+            self._announced.append(place)
+            self._open_next()
 
     def read(self, place: Place) -> tuple[bytes, int]:
         """Image file and label of a sample.
@@ -73,20 +78,34 @@ class ShardReader:
             self._opened = None
 
     def _take_next(self, place: Place) -> _Opened:
-        """Open the shard of a place, or take it if it was prepared."""
+        """Open the shard of a place, or take it if it was announced."""
         self.close()
-        prepared, self._next = self._next, None
-        opened = prepared[1].result() if prepared and prepared[0] == place else self._open(place)
+        if self._next and self._next[0] == place:
+            opened = self._next[1].result()
+        else:
+            opened = self._open(place)
+            self._announced.clear()
+        self._next = None
+        self._open_next()
         self._at = int(opened.rows["offset"][place.row])
         return opened
 
-    def _open(self, place: Place, *, begin: bool = False) -> _Opened:
-        """Open a shard at a sample; with `begin` its first bytes are read, too."""
+    def _open_next(self) -> None:
+        if self._announced and not self._next:
+            place = self._announced.popleft()
+            self._next = place, Background(partial(self._open, place))
+
+    def _open(self, place: Place) -> _Opened:
         rows = self._shards.sidecar(place.shard)
-        file = self._shards.open_tar(place.shard, int(rows["offset"][place.row]))
-        if begin:
-            cast(BufferedReader, file).peek()
-        return _Opened(place.shard, rows, file)
+        return _Opened(place.shard, rows, self._shards.open_tar(place.shard, int(rows["offset"][place.row])))
+
+
+def announced_ahead(lane: int) -> int:
+    """Samples of a lane before the first one of a shard at which it is announced.
+
+    All lanes end an epoch together, so each has another number, and not all ask the store in the same moment.
+    """
+    return _LEAST_AHEAD + int(_SCATTERED * (lane * _GOLDEN_RATIO % 1))
 
 
 def damage_message(shards: ShardSet, place: Place, what: str) -> str:

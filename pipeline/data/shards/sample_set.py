@@ -89,8 +89,8 @@ class SampleSet:
         Raises:
             ConfigError: they were drawn with other settings.
         """
-        record, first = self._record(i), i * self.shard_samples
-        return set(within(_ranges(record), first, first + self.shard_samples)) if record else set()
+        record = self._record(i)
+        return self._seeds_of(record, i) if record else set()
 
     def write(self, i: int, images: Iterable[tuple[int, CleanImage]], labels: dict[int, int]) -> None:
         """Write shard i, its record last.
@@ -185,20 +185,31 @@ class SampleSet:
 
         Of several jobs on one set each may write it: they write the same bytes.
         """
-
-        def is_complete(i: int) -> bool:
-            return self.committed(i).issuperset(self.seeds_in(i, seeds))
-
-        if not all(record_files.together(is_complete, self.numbers(seeds))):
+        if self.format != "tar":
+            return all(record_files.together(lambda i: self._has(self.committed(i), i, seeds), self.numbers(seeds)))
+        sizes = files.sizes(self.url)
+        numbers = sorted(int(match[1]) for name in sizes if (match := SAMPLE_RECORD.fullmatch(name)))
+        records = record_files.read(self.url, map(stem, numbers), sizes)
+        for record in records.values():
+            self._compare(record.extra)
+        if not all(
+            stem(i) in records and self._has(self._seeds_of(records[stem(i)].extra, i), i, seeds)
+            for i in self.numbers(seeds)
+        ):
             return False
-        if self.format == "tar":
-            records = record_files.read(self.url, map(stem, recorded(self.url)), files.sizes(self.url)).values()
-            index_file.write_index(
-                self.url, records, size=size, channels=channels, classes=classes,
-                source=f"checkpoint {self.provenance['checkpoint_sha256']}", settings=self.provenance,
-                counts={"taken": sum(record.samples for record in records)},
-            )  # fmt: skip
+        index_file.write_index(
+            self.url, records.values(), size=size, channels=channels,
+            classes=classes, source=f"checkpoint {self.provenance['checkpoint_sha256']}", settings=self.provenance,
+            counts={"taken": sum(record.samples for record in records.values())},
+        )  # fmt: skip
         return True
+
+    def _has(self, committed: set[int], i: int, seeds: tuple[range, ...]) -> bool:
+        return committed.issuperset(self.seeds_in(i, seeds))
+
+    def _seeds_of(self, record: dict[str, Any], i: int) -> set[int]:
+        first = i * self.shard_samples
+        return set(within(_ranges(record), first, first + self.shard_samples))
 
     @cached_property
     def _identity(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from pipeline.data.shards.index_file import locations_message, read_index
 from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.shard_table import ShardSizes, ShardTable
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage import files
+from pipeline.storage import files, remote
 from pipeline.storage.block_cache import BlockCache
 
 REJECTED = "rejected.jsonl"
@@ -153,10 +153,20 @@ def write_shard(
         digest.update(end)
         extra_fields, sha256 = extra(), digest.hexdigest()
         # The old record would not fit the new tar. If another process has just written the same tar, its record fits.
-        if files.exists(f"{base}.json") and ((old := read_record(directory, stem)) is None or old.sha256 != sha256):
+        if _sha256_in_record(f"{base}.json") not in (None, sha256):
             files.remove(f"{base}.json")
     fields = {"name": f"{stem}.tar", "bytes": size + len(end), "sha256": sha256}
     return write_sidecar_and_record(directory, stem, np.array(rows, SIDECAR), fields | extra_fields)
+
+
+def _sha256_in_record(file: str) -> str | None:
+    """The hash of a tar in its record; None if there is no record, and empty if it is damaged."""
+    try:
+        return ShardRecord.parse(files.read_json(file)).sha256
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except DataError:
+        return ""
 
 
 def write_sidecar_and_record(directory: str, stem: str, rows: NDArray[np.void], fields: dict[str, Any]) -> ShardRecord:
@@ -258,19 +268,19 @@ class ShardSet:
         return resolve(self.url, self.shards[i].name)
 
     def open_tar(self, i: int, offset: int) -> BinaryIO:
-        """Open shard i's tar at a byte offset.
+        """Open shard i's tar at a byte offset. Of a tar in a store the first block is read, and its size is not asked.
 
         Raises:
-            DataError: it is missing, or has another size than in the index.
+            DataError: it is missing, or has another size than in the index; in a store a read finds that it is cut.
         """
         record, tar = self.shards[i], self.tar(i)
-        expected = record.bytes
         try:
-            if self.cache:  # its blocks are of a file with this hash, whatever the store has now
-                return files.open_read(tar, offset, expected, partial(self.cache.get, record.sha256))
-            if (size := files.size(tar)) != expected:
-                raise DataError(f"{tar} is cut short or changed: {size} bytes, the index says {expected}: {_FIX}")
-            return files.open_read(tar, offset, expected)
+            if files.is_remote(tar):
+                cached = partial(self.cache.get, record.sha256) if self.cache else None
+                return remote.stream(tar, offset, record.bytes, cached)
+            if (size := files.size(tar)) != record.bytes:
+                raise DataError(f"{tar} is cut short or changed: {size} bytes, the index says {record.bytes}: {_FIX}")
+            return files.open_read(tar, offset)
         except FileNotFoundError as error:
             raise DataError(f"{tar} is missing: {_FIX}") from error
 
