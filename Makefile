@@ -9,7 +9,7 @@ BENCHMARKS := "shard_throughput.py --rounds 3" "loader_throughput.py --rounds 2"
   "train_step.py --threads 1" "sampling.py --threads 1" "roofline.py --threads 1" "ddp_scaling.py --rounds 4" "cost.py --threads 1" memory.py \
   "scale.py --quick" "simulated_cluster.py --quick"
 
-PARSERS := tar targz zip npy npz cifar parquet index record samples sidecar sample foreign manifest result image \
+PARSERS := tar targz zip npy npz cifar parquet index table record samples sidecar sample foreign manifest result image \
   member places json torch pickle weights diffusers
 
 unexport PYTHONDONTWRITEBYTECODE  # images of Python set it, and every process would compile pipeline/ anew

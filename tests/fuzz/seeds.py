@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.data.images.preprocess import encode
+from pipeline.data.shards.record import ShardRecord
 from pipeline.data.shards.shard_set import SIDECAR, Sample, pack
+from pipeline.data.shards.shard_table import pack_table
 
 _PIXELS = np.zeros((8, 8, 3), np.uint8)
 
@@ -100,6 +102,11 @@ def _shapes(name: str) -> list[bytes]:
     return [json.dumps({key: list(tensor.shape) for key, tensor in network.items()}).encode() for network in networks]
 
 
+def _table(count: int, shard: dict[str, Any]) -> bytes:
+    records = (ShardRecord.parse({**shard, "name": f"a-{i:06d}.tar"}) for i in range(count))
+    return pack_table(records)[0]
+
+
 _UNET = {
     "_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1,
     "block_out_channels": [32, 64], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
@@ -135,6 +142,7 @@ def seeds(name: str) -> list[bytes]:
         "npz": [_npz()],
         "cifar": [pickle.dumps(batch, 4)],
         "index": [json.dumps(index).encode(), json.dumps(index | {"settings": {}}).encode()],
+        "table": [bytes([3]) + (6).to_bytes(8, "little") + _table(3, shard)],
         "record": [json.dumps(shard).encode()],
         "samples": [json.dumps(record).encode()],
         "sidecar": [_npy(np.zeros(2, SIDECAR))],

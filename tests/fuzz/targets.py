@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -37,6 +38,8 @@ from pipeline.data.sources.tar import Tar
 from pipeline.data.sources.zip import Zip
 from pipeline.errors import ConfigError, DataError
 
+TABLE_HEAD = {"version": 2, "size": [8, 8], "channels": 3, "classes": None, "source": "", "settings": {}, "counts": {},
+              "settings_sha256": "", "places": []}  # fmt: skip
 ANSWERS = (DataError, ConfigError, Rejected)
 _MOST_READ = 8
 PLACE = Path(tempfile.mkdtemp(prefix="ddpm-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
@@ -65,6 +68,22 @@ def index(data: bytes) -> None:
     for i in range(min(len(shards.shards), _MOST_READ)):
         if untrusted.is_allowed(shards.shards[i].name, ()):
             assert Path(shards.tar(i)).resolve().is_relative_to(PLACE.resolve()), shards.tar(i)
+
+
+def table(data: bytes) -> None:
+    """The first byte is the number of shards, the next eight the samples of the set; the rest is the table."""
+    count, samples, content = data[0], int.from_bytes(data[1:9], "little"), data[9:]
+    sha256 = hashlib.sha256(content).hexdigest()
+    name, url = f"index-table-{sha256[:12]}.bin", PLACE / "table"
+    url.mkdir(exist_ok=True)
+    (url / name).write_bytes(content)
+    shards = {"count": count, "table": name, "bytes": len(content), "sha256": sha256}
+    (url / "index.json").write_text(json.dumps({**TABLE_HEAD, "shards": shards, "samples": samples}))
+    try:
+        for record in ShardSet.indexed(str(url)).shards:
+            assert untrusted.is_allowed(record.name, ()) and record.samples * 1024 <= record.bytes
+    finally:
+        (url / name).unlink()
 
 
 def record(data: bytes) -> None:
@@ -229,6 +248,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "cifar": _source(Cifar, "data_batch_1"),
     "parquet": _source(Table, "a.parquet"),
     "index": index,
+    "table": table,
     "record": record,
     "samples": samples,
     "sidecar": sidecar,

@@ -88,14 +88,17 @@ class ShardTable(Sequence[ShardRecord]):
         Raises:
             DataError: the table is damaged.
         """
-        ends = self._column(2)
         names = self._data.size - _FIXED * self._count
-        if names < 0 or (self._count and (int(ends[-1]) != names or (ends[1:] < ends[:-1]).any())):
+        if names < 0 or not self._names_take(names):
             raise DataError(f"{_TABLE} has another size than its columns need: damaged")
         if (self.samples > self.bytes // SAMPLE_BYTES).any() or self.bytes.max(initial=0) > MAX_COUNT:
             raise DataError(f"{_TABLE} has more samples than fit into the bytes of a shard: damaged")
         if int(self.samples.sum()) != samples:
             raise DataError("`samples` is not the sum over the shards: damaged")
+
+    def _names_take(self, size: int) -> bool:
+        ends = self._column(2)
+        return not self._count or (int(ends[-1]) == size and bool((ends[1:] >= ends[:-1]).all()))
 
     def release(self) -> None:
         """Give back the memory of pages that a check has read; the next use maps the file again."""
