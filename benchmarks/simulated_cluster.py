@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import gc
 import json
 import sys
 import time
@@ -319,6 +320,7 @@ def main() -> None:
             for title, run in scenarios(ranks, options.quick):
                 rows.append({"ranks": ranks, "scenario": title} | figures(run, simulate(run)))
                 print(table_row(ranks, title, rows[-1]), flush=True)
+                gc.collect()  # the processes of a cluster refer to each other
         most = rows[-1]["ranks"]
         result["balance"] = balance(most)
         print(f"\nbalance of {most:,} ranks:", *(f"{name} {value:.3f}" for name, value in result["balance"].items()))
