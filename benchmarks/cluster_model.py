@@ -283,7 +283,7 @@ class Lane:
             if self._cluster.reader.asks_for_size:
                 yield self._store.request(self._node, "HEAD", f"{place.shard}.tar")
             start = self._start_of(place)
-            yield self._store.request(self._node, "GET", f"{place.shard}.tar", start, start + self._first_length(place))
+            yield self._range(place.shard, start, start + self._first_length(place))
         self._clock.happen(done)
 
     def _start_of(self, place: Place) -> int:
@@ -294,7 +294,12 @@ class Lane:
 
     def _block(self) -> tuple[Event, int]:
         length = min(self._length, self.facts.bytes - self.have)
-        return self._store.request(self._node, "GET", f"{self.shard}.tar", self.have, self.have + length), length
+        return self._range(self.shard, self.have, self.have + length), length
+
+    def _range(self, shard: int, start: int, end: int) -> Event:
+        """The last range of a tar asks for a byte more, to notice a longer file."""
+        is_last = end == self._cluster.shard(shard).bytes
+        return self._store.request(self._node, "GET", f"{shard}.tar", start, end + is_last)
 
 
 @dataclass

@@ -39,6 +39,7 @@ _AHEAD = 1 << 20  # from this length on a block is requested while the one befor
 _BUFFER = 1 << 16
 _SLOWEST = 1 << 20  # bytes a second: a file that comes more slowly is asked for again
 _THREADS = 16
+_RESTORE = "restore it from a copy, or run the command that made it again"
 _NO_SUCH_RANGE = re.compile(r"InvalidRange|not satisfiable|no byte came|\b416\b", re.IGNORECASE)
 _WEB = ("http", "https")
 _CHAIN = re.compile(r"::[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -108,7 +109,7 @@ def attempt(url: str, operation: Callable[[fsspec.AbstractFileSystem, str], Resu
 _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (FileNotFoundError, "correct the address, or make the bucket"),
     (PermissionError, "give other credentials, or these the right to it"),
-    (_CutShort, "it is cut short or changed: restore it from a copy, or run the command that made it again"),
+    (_CutShort, f"it is cut short or changed: {_RESTORE}"),
 )
 
 
@@ -252,6 +253,8 @@ class _RangedFile(io.RawIOBase):
         data = request.data.result()[request.skipped :]
         if len(data) < request.length - request.skipped:
             RETRIES.add(self._url, f"{len(data)} bytes instead of {request.length}", note=True)
+        if len(data) > self._size - self._at:
+            raise DataError(f"{self._url} has more than {self._size} bytes: damaged or changed: {_RESTORE}")
         self._length = min(2 * self._length, BLOCK_BYTES)
         self._next = None
         return data
@@ -262,7 +265,10 @@ class _RangedFile(io.RawIOBase):
             return None
         if self._cached is None:
             length = min(self._length, self._size - start)
-            return _Request(Background(partial(read_range, self._url, start, length)), length)
+            asked = length + (
+                start + length == self._size
+            )  # one byte more at the end, so that a longer file is noticed
+            return _Request(Background(partial(read_range, self._url, start, asked)), length)
         number, skipped = divmod(start, BLOCK_BYTES)
         length = min(BLOCK_BYTES, self._size - (start - skipped))
         load = partial(complete_range, self._url, start - skipped, length)

@@ -281,6 +281,11 @@ def test_sets_live_on_object_stores_too(tmp_path: Path) -> None:
     remote = ShardSet.open(url)
     assert remote.sha256 == local.sha256
     assert (remote.sidecar(1) == local.sidecar(1)).all()
+    data = files.read_bytes(remote.tar(1))
+    for changed, message in ((data[:-9], "set-000001.tar: it has only"), (data + b"x", "set-000001.tar has more than")):
+        files.write_bytes(remote.tar(1), changed)
+        with pytest.raises(DataError, match=message), remote.open_tar(1, 0) as file:
+            assert file.read() == data
     files.remove(remote.tar(1))
     with pytest.raises(DataError, match=r"set-000001.tar is missing"):
         remote.open_tar(1, 0)
