@@ -116,8 +116,8 @@ class TrainSection(Section):
     compile: bool = False
     """Compile the network's blocks with torch.compile."""
     fused_norm: bool = False
-    """Compute GroupNorm, scale, shift and SiLU in one Triton kernel each way, in training; CUDA only. Not measured on a
-    GPU yet."""
+    """Train with GroupNorm, scale, shift and SiLU as one operation, in Triton kernels. CUDA only. Not measured on a GPU
+    yet."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """bf16: ranks exchange and sum gradients in bf16: half the bits, for slow connections between ranks."""
     deterministic: bool = False

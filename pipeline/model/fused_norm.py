@@ -4,9 +4,10 @@ With x̂ = (x - mean) / sqrt(variance + eps) of a group of channels of one image
 pass reads x twice and writes y. The backward pass keeps x and the statistics, computes the rest again, reads x and the
 gradient of y twice, and writes the gradient of x.
 
-Shapes: B images, C channels, P = H·W pixels, G groups of D = C / G channels. A tile is a part of the pixels of one image
-and a part of the channels; K tiles cover the pixels. The kernels compute in float32. Each sum has a fixed order (first
-in a tile, then over the tiles), so the same input gives the same bits.
+Shapes: B images, C channels, P = H·W pixels, G groups of D = C / G channels. A tile is a part of the pixels of one
+image and a part of the channels; K tiles cover the pixels. The kernels compute in float32. Each sum has a fixed order
+(first in a tile, then over the tiles), so the same input gives the same bits. For autograd and the compiler each pass
+is one operator, so the compiler takes it into its graph and does not look inside.
 
 This module needs the package triton; import it only where `train.fused_norm` is on. With `TRITON_INTERPRET=1`, set
 before the import, the kernels also run on a CPU, slowly, for tests.
@@ -60,7 +61,7 @@ def group_norm_silu(
 
 @torch.library.custom_op("ddpm::group_norm_silu", mutates_args=())
 def _forward(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x in channels-last, scale and shift (B, C) float32 → y, and mean and 1 / sqrt(variance + eps), (B, G)."""
+    """From x in channels-last, scale and shift, (B, C) float32: y, and mean and 1 / sqrt(variance + eps), (B, G)."""
     batch, channels, pixels, tiles, blocks, grid = _layout(x)
     partial = torch.empty((2, batch, tiles, channels), device=x.device)
     mean, inverse_std = (torch.empty((batch, groups), device=x.device) for _ in range(2))
@@ -68,7 +69,7 @@ def _forward(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float) -
     sizes = (channels, pixels, channels // groups)
     _tile_statistics[grid](x, partial[0], partial[1], channels, pixels, **blocks)
     _group_statistics[(groups, batch)](
-        partial[0], partial[1], mean, inverse_std, *sizes, eps, blocks["TILE_P"], **_group_blocks(sizes[2])
+        partial[0], partial[1], mean, inverse_std, *sizes, eps, blocks["tile_p"], **_group_blocks(sizes[2])
     )
     _normalize[grid](x, mean, inverse_std, scale, scale.stride(0), shift, shift.stride(0), y, *sizes, **blocks)
     return y, mean, inverse_std
@@ -134,13 +135,13 @@ def _layout(x: Tensor) -> tuple[int, int, int, int, dict[str, int], tuple[int, i
     tile_pixels = min(triton.next_power_of_2(pixels), _TILE // tile_channels)
     tiles = triton.cdiv(pixels, tile_pixels)
     grid = (tiles, triton.cdiv(channels, tile_channels), batch)
-    return batch, channels, pixels, tiles, {"TILE_P": tile_pixels, "TILE_C": tile_channels}, grid
+    return batch, channels, pixels, tiles, {"tile_p": tile_pixels, "tile_c": tile_channels}, grid
 
 
 def _group_blocks(group_channels: int) -> dict[str, int]:
     """How many tiles and channels of a group the second stage of a sum reads at once."""
     block = triton.next_power_of_2(group_channels)
-    return {"BLOCK_K": max(1, _TILE // 4 // block), "BLOCK_D": block}
+    return {"block_k": max(1, _TILE // 4 // block), "block_d": block}
 
 
 # --- kernels ---
@@ -148,21 +149,21 @@ def _group_blocks(group_channels: int) -> dict[str, int]:
 
 
 @triton.jit
-def _tile(channels, pixels, TILE_P: tl.constexpr, TILE_C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's image and channels, and the offsets and mask of its elements of x, (TILE_P, TILE_C)."""
+def _tile(channels, pixels, tile_p: tl.constexpr, tile_c: tl.constexpr):
+    """This program's image and channels, and the offsets and mask of its elements of x, (tile_p, tile_c)."""
     image = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
-    pixel = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
+    channel = tl.program_id(1) * tile_c + tl.arange(0, tile_c)
+    pixel = tl.program_id(0) * tile_p + tl.arange(0, tile_p)
     mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]
     return image, channel, (image * pixels + pixel)[:, None] * channels + channel[None, :], mask
 
 
 @triton.jit
-def _tile_statistics(x, means, squares, channels, pixels, TILE_P: tl.constexpr, TILE_C: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile_statistics(x, means, squares, channels, pixels, tile_p: tl.constexpr, tile_c: tl.constexpr):
     """Of each channel of a tile: its mean, and the sum of its squared distances from it; (B, K, C)."""
-    image, channel, offset, mask = _tile(channels, pixels, TILE_P, TILE_C)
+    image, channel, offset, mask = _tile(channels, pixels, tile_p, tile_c)
     value = tl.load(x + offset, mask, other=0.0).to(tl.float32)
-    count = tl.minimum(TILE_P, pixels - tl.program_id(0) * TILE_P)
+    count = tl.minimum(tile_p, pixels - tl.program_id(0) * tile_p)
     mean = tl.sum(value, 0) / count
     distance = tl.where(mask, value - mean[None, :], 0.0)
     to = (image * tl.num_programs(0) + tl.program_id(0)) * channels + channel
@@ -171,24 +172,24 @@ def _tile_statistics(x, means, squares, channels, pixels, TILE_P: tl.constexpr, 
 
 
 @triton.jit
-def _group_statistics(  # type: ignore[no-untyped-def]
+def _group_statistics(
     means, squares, mean, inverse_std, channels, pixels, group_channels, eps, tile_p,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    block_k: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     """Join the statistics of a group's tiles and channels, with the counts of their pixels (Chan et al. 1979)."""
     group, image, groups = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     tiles, count = tl.cdiv(pixels, tile_p), pixels * group_channels * 1.0
-    d = tl.arange(0, BLOCK_D)[None, :]
+    d = tl.arange(0, block_d)[None, :]
     start = image * tiles * channels + group * group_channels
-    total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for first in range(0, tiles, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)[:, None]
+    total = tl.zeros((block_k, block_d), tl.float32)
+    for first in range(0, tiles, block_k):
+        k = first + tl.arange(0, block_k)[:, None]
         mask = (k < tiles) & (d < group_channels)
         total += tl.load(means + start + k * channels + d, mask, other=0.0) * tl.minimum(tile_p, pixels - k * tile_p)
     center = tl.sum(total) / count
-    total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for first in range(0, tiles, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)[:, None]
+    total = tl.zeros((block_k, block_d), tl.float32)
+    for first in range(0, tiles, block_k):
+        k = first + tl.arange(0, block_k)[:, None]
         mask = (k < tiles) & (d < group_channels)
         distance = tl.load(means + start + k * channels + d, mask, other=0.0) - center
         inside = tl.load(squares + start + k * channels + d, mask, other=0.0)
@@ -198,10 +199,8 @@ def _group_statistics(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rows(  # type: ignore[no-untyped-def]
-    image, channel, mean, inverse_std, scale, scale_row, shift, shift_row, channels, group_channels
-):
-    """Mean, 1 / standard deviation, scale and shift of the channels of a tile, (1, TILE_C) each."""
+def _rows(image, channel, mean, inverse_std, scale, scale_row, shift, shift_row, channels, group_channels):
+    """Mean, 1 / standard deviation, scale and shift of the channels of a tile, (1, tile_c) each."""
     present, group = channel < channels, image * (channels // group_channels) + channel // group_channels
     return (
         tl.load(mean + group, present, other=0.0)[None, :],
@@ -212,11 +211,11 @@ def _rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _normalize(  # type: ignore[no-untyped-def]
+def _normalize(
     x, mean, inverse_std, scale, scale_row, shift, shift_row, y, channels, pixels, group_channels,
-    TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+    tile_p: tl.constexpr, tile_c: tl.constexpr,
 ):  # fmt: skip
-    image, channel, offset, mask = _tile(channels, pixels, TILE_P, TILE_C)
+    image, channel, offset, mask = _tile(channels, pixels, tile_p, tile_c)
     center, inverse, by, plus = _rows(
         image, channel, mean, inverse_std, scale, scale_row, shift, shift_row, channels, group_channels
     )
@@ -225,12 +224,12 @@ def _normalize(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _before_silu(  # type: ignore[no-untyped-def]
+def _before_silu(
     gradient, x, mean, inverse_std, scale, scale_row, shift, shift_row, channels, pixels, group_channels,
-    TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+    tile_p: tl.constexpr, tile_c: tl.constexpr,
 ):  # fmt: skip
     """The gradient of SiLU's input, the normalised values, 1 / standard deviation and scale; all of a tile."""
-    image, channel, offset, mask = _tile(channels, pixels, TILE_P, TILE_C)
+    image, channel, offset, mask = _tile(channels, pixels, tile_p, tile_c)
     center, inverse, by, plus = _rows(
         image, channel, mean, inverse_std, scale, scale_row, shift, shift_row, channels, group_channels
     )
@@ -242,34 +241,34 @@ def _before_silu(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _tile_gradients(  # type: ignore[no-untyped-def]
+def _tile_gradients(
     gradient, x, mean, inverse_std, scale, scale_row, shift, shift_row, to_scale, to_shift,
-    channels, pixels, group_channels, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+    channels, pixels, group_channels, tile_p: tl.constexpr, tile_c: tl.constexpr,
 ):  # fmt: skip
     """Of each channel of a tile: its part of the gradients of scale and shift; (B, K, C)."""
     slope, normalised, _inverse, _by = _before_silu(
         gradient, x, mean, inverse_std, scale, scale_row, shift, shift_row, channels, pixels, group_channels,
-        TILE_P, TILE_C,
+        tile_p, tile_c,
     )  # fmt: skip
-    image, channel, _offset, _mask = _tile(channels, pixels, TILE_P, TILE_C)
+    image, channel, _offset, _mask = _tile(channels, pixels, tile_p, tile_c)
     to = (image * tl.num_programs(0) + tl.program_id(0)) * channels + channel
     tl.store(to_scale + to, tl.sum(slope * normalised, 0), channel < channels)
     tl.store(to_shift + to, tl.sum(slope, 0), channel < channels)
 
 
 @triton.jit
-def _group_gradients(  # type: ignore[no-untyped-def]
+def _group_gradients(
     by_tile, sums, scale, scale_row, to_scale, to_shift, mean_product, mean_gradient,
-    channels, pixels, group_channels, tiles, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    channels, pixels, group_channels, tiles, block_k: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     """Sum over tiles; then the means over a group of the gradient of x̂, times x̂ and alone."""
     group, image, groups = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, block_d)
     start = image * tiles * channels + group * group_channels
-    product = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    plain = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for first in range(0, tiles, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)[:, None]
+    product = tl.zeros((block_k, block_d), tl.float32)
+    plain = tl.zeros((block_k, block_d), tl.float32)
+    for first in range(0, tiles, block_k):
+        k = first + tl.arange(0, block_k)[:, None]
         mask = (k < tiles) & (d < group_channels)[None, :]
         product += tl.load(by_tile + start + k * channels + d[None, :], mask, other=0.0)
         plain += tl.load(sums + start + k * channels + d[None, :], mask, other=0.0)
@@ -283,15 +282,15 @@ def _group_gradients(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _input_gradient(  # type: ignore[no-untyped-def]
+def _input_gradient(
     gradient, x, mean, inverse_std, scale, scale_row, shift, shift_row, mean_product, mean_gradient, to_x,
-    channels, pixels, group_channels, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+    channels, pixels, group_channels, tile_p: tl.constexpr, tile_c: tl.constexpr,
 ):  # fmt: skip
     slope, normalised, inverse, by = _before_silu(
         gradient, x, mean, inverse_std, scale, scale_row, shift, shift_row, channels, pixels, group_channels,
-        TILE_P, TILE_C,
+        tile_p, tile_c,
     )  # fmt: skip
-    image, channel, offset, mask = _tile(channels, pixels, TILE_P, TILE_C)
+    image, channel, offset, mask = _tile(channels, pixels, tile_p, tile_c)
     group, present = image * (channels // group_channels) + channel // group_channels, channel < channels
     product = tl.load(mean_product + group, present, other=0.0)[None, :]
     plain = tl.load(mean_gradient + group, present, other=0.0)[None, :]

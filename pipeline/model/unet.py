@@ -180,9 +180,11 @@ class UNet(nn.Module):
         """
         device = next(self.parameters()).device.type
         if device != "cuda":
-            raise ConfigError(f"train.fused_norm needs a CUDA device, but the device is {device}: set train.fused_norm=false")
+            raise ConfigError(
+                f"train.fused_norm needs a CUDA device, but the device is {device}: set train.fused_norm=false"
+            )
         try:
-            from pipeline.model.fused_norm import group_norm_silu  # noqa: PLC0415  triton is optional
+            from pipeline.model.fused_norm import group_norm_silu  # triton is optional
         except ImportError as error:
             raise ConfigError(
                 "train.fused_norm needs the package triton, which torch's CUDA builds bring on Linux: "

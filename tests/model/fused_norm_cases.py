@@ -91,7 +91,10 @@ def test_equal_values_have_no_variance() -> None:
     tensors = inputs(torch.float32, (2, 6, 5, 5), True)
     with torch.no_grad():
         tensors[0].fill_(3.0)
-    check(tensors, 2)
+    y, to_x, to_weight, *others = results(fused_norm.group_norm_silu, tensors, 2)
+    _, _, bias, scale, shift = tensors
+    torch.testing.assert_close(y, F.silu(bias[None, :, None, None] * scale + shift).expand_as(y), rtol=SUM, atol=SUM)
+    assert not to_weight.any() and all(tensor.isfinite().all() for tensor in (to_x, *others))
 
 
 def test_other_layouts_are_copied() -> None:
@@ -145,14 +148,14 @@ def block_results(network: ResidualBlock, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_residual_block_is_the_same(dtype: torch.dtype, scale_shift: bool, recompute: bool) -> None:
-    """In norm, within 4 roundings: a result passes two norms, each of which the eager form rounds up to four times."""
+    """Within a float32 sum and 4 roundings: a result passes two norms, which the eager form rounds four times."""
     plain, fused = (
         block_results(block(scale_shift=scale_shift, recompute=recompute, fused=fused), dtype)
         for fused in (False, True)
     )
     for a, b in zip(fused, plain):
         assert a.dtype == b.dtype and a.is_contiguous() == b.is_contiguous()
-        assert (a.double() - b.double()).norm() <= 4 * torch.finfo(dtype).eps * b.double().norm()
+        assert (a.double() - b.double()).norm() <= (4 * torch.finfo(dtype).eps + SUM) * b.double().norm()
 
 
 def test_recomputation_changes_no_bit_and_copies_keep_the_kernels() -> None:

@@ -49,7 +49,8 @@ FREE = {
     "data.shards", "data.val_shards", "data.workers", "data.cache", "data.cache_limit",
     "train.global_batch", "train.steps",
     "train.micro_batch", "train.checkpointing", "train.ema_device",
-    "train.compile", "train.fused_norm", "train.init_from", "train.device", "train.max_bad_steps", "sample.sampler", "sample.batch",
+    "train.compile", "train.fused_norm", "train.init_from", "train.device", "train.max_bad_steps",
+    "sample.sampler", "sample.batch",
     "run.dir", "run.checkpoint_every", "run.keep_last", "run.log_every",
 }  # fmt: skip
 
