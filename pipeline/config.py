@@ -115,6 +115,9 @@ class TrainSection(Section):
     before each convolution; blocks: also convolutions of a block; full: also resampling; auto: the least that fits."""
     compile: bool = False
     """Compile the network's blocks with torch.compile."""
+    fused_norm: bool = False
+    """Train with GroupNorm, scale, shift and SiLU as one operation, in Triton kernels. CUDA only. Not measured on a GPU
+    yet."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """bf16: ranks exchange and sum gradients in bf16: half the bits, for slow connections between ranks."""
     deterministic: bool = False

@@ -128,7 +128,7 @@ _LATER_KEYS = {
         "flip_sin_to_cos", "timestep_scale",
     ),
     "diffusion": ("log_snr_shift", "log_snr_min", "sigmoid_bias"),
-    "train": ("ema_lengths",),
+    "train": ("ema_lengths", "fused_norm"),
     "sample": (
         "timesteps", "max_step_ratio", "guidance_interval", "clip", "dynamic_threshold", "precision", "label", "size",
     ),

@@ -122,7 +122,7 @@ LATER = {
     "sample": (
         "timesteps", "max_step_ratio", "guidance_interval", "clip", "dynamic_threshold", "precision", "label", "size",
     ),
-    "train": ("ema_lengths",),
+    "train": ("ema_lengths", "fused_norm"),
     "run": ("ema_snapshot_every", "evaluate_every", "evaluate_samples", "evaluate_features"),
 }  # fmt: skip
 """Keys that version 0.1 did not know."""

@@ -36,13 +36,28 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation that stays in the dtype of its input.
 
     The kernels compute statistics of 16-bit input in float32. Autocast would also store the whole result in float32.
+
+    Attributes:
+        fused: computes norm, scale, shift and SiLU in one operation, as `fused_norm.group_norm_silu`; None: one by one.
     """
+
+    fused: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """(B, C, H, W) → the same shape and dtype; weight and bias, (C,), replace the layer's own if given."""
         weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
         with torch.autocast(x.device.type, enabled=False):
             return kernels.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+    def activated(self, x: Tensor, weight: Tensor, bias: Tensor, *affine: Tensor) -> Tensor:
+        """Norm, scale and shift if given, (B, C, 1, 1), and SiLU: (B, C, H, W) → the same shape and dtype."""
+        if self.fused is not None:
+            return self.fused(x, self.num_groups, weight, bias, self.eps, *affine)
+        x = self(x, weight, bias)
+        if affine:
+            scale, shift = affine
+            x = x * scale + shift
+        return F.silu(x)
 
 
 class Dropout(nn.Dropout):
@@ -118,11 +133,7 @@ def _activated(
 
     def prepare(*inputs: Tensor) -> Tensor:
         weight, bias, *affine = inputs[count:]
-        x = norm(_join(*inputs[:count]), weight, bias)
-        if affine:
-            scale, shift = affine
-            x = x * scale + shift
-        x = _resampled(F.silu(x), resample)
+        x = _resampled(norm.activated(_join(*inputs[:count]), weight, bias, *affine), resample)
         return dropout(x) if dropout else x
 
     convolved: Tensor = conv(*parts, norm.weight, norm.bias, *affine, prepare=prepare)

@@ -24,6 +24,7 @@ from pipeline.model.blocks import (
     Attention,
     Downsample,
     Float32Linear,
+    GroupNorm,
     Head,
     ResidualBlock,
     Upsample,
@@ -170,6 +171,28 @@ class UNet(nn.Module):
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 2 * len(blocks))
         for block in blocks:
             block.compile(dynamic=False)
+
+    def fuse_norms(self) -> None:
+        """Compute GroupNorm, scale, shift and SiLU of blocks and head in one operation each. Copies keep the setting.
+
+        Raises:
+            ConfigError: the network is not on a CUDA device, or the package triton is not installed.
+        """
+        device = next(self.parameters()).device.type
+        if device != "cuda":
+            raise ConfigError(
+                f"train.fused_norm needs a CUDA device, but the device is {device}: set train.fused_norm=false"
+            )
+        try:
+            from pipeline.model.fused_norm import group_norm_silu  # triton is optional
+        except ImportError as error:
+            raise ConfigError(
+                "train.fused_norm needs the package triton, which torch's CUDA builds bring on Linux: "
+                "install such a build, or set train.fused_norm=false"
+            ) from error
+        for module in self.modules():
+            if isinstance(module, GroupNorm):
+                module.fused = group_norm_silu
 
     def cast_weights_to_bf16_(self) -> None:
         """Cast to bf16 the weights that autocast would cast at each call; outputs keep their bits. Not for training."""

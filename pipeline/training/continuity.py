@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.checkpointing",
     "train.compile",
+    "train.fused_norm",
     "train.ema_device",
     "train.max_bad_steps",
     "train.init_from",

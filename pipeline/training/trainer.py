@@ -109,6 +109,8 @@ class Trainer:
         self.ema = averaging.Average(
             self.model, section.ema_decay, on_host=section.ema_device == "cpu", lengths=lengths
         )
+        if section.fused_norm:  # after the copy for the average, which may lie on the host
+            self.model.fuse_norms()
         self.optimizer = make_adam(self.model, section.lr)
         self._network = world.data_parallel(self.model, section.gradient_compression) if world.size > 1 else self.model
         self._process = DiffusionProcess.of(

@@ -40,7 +40,7 @@ CHANGES: dict[str, Any] = {
     "train.global_batch": 64, "train.micro_batch": 32, "train.lr": 1e-3, "train.lr_schedule": "cosine",
     "train.lr_stages": [[5, 1e-3]], "train.warmup_steps": 20, "train.clip_norm": 2.0, "train.precision": "fp32",
     "train.checkpointing": "full", "train.ema_device": "cpu",
-    "train.compile": True, "train.gradient_compression": "bf16",
+    "train.compile": True, "train.fused_norm": True, "train.gradient_compression": "bf16",
     "train.deterministic": True, "train.ema_lengths": (0.08,), "train.ema_decay": 0.99, "train.init_from": "x",
     "train.device": "cpu", "train.seed": 1, "train.max_bad_steps": 3, "sample.sampler": "ddim", "sample.batch": 2,
     "run.dir": "runs/b", "run.checkpoint_every": 7, "run.keep_last": 5, "run.log_every": 3,
@@ -49,7 +49,8 @@ FREE = {
     "data.shards", "data.val_shards", "data.workers", "data.cache", "data.cache_limit",
     "train.global_batch", "train.steps",
     "train.micro_batch", "train.checkpointing", "train.ema_device",
-    "train.compile", "train.init_from", "train.device", "train.max_bad_steps", "sample.sampler", "sample.batch",
+    "train.compile", "train.fused_norm", "train.init_from", "train.device", "train.max_bad_steps",
+    "sample.sampler", "sample.batch",
     "run.dir", "run.checkpoint_every", "run.keep_last", "run.log_every",
 }  # fmt: skip
 
