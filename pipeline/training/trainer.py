@@ -320,18 +320,23 @@ class Trainer:
         return flops_of(lambda: self._probe(self.model, 1))
 
     def _fits(self, checkpointing: Checkpointing, micro_batch: int) -> bool:
-        """Try it on every rank at once, for a rank that has less memory than the others decides."""
+        """Try it on every rank at once, for a rank that has less memory than the others decides.
+
+        A step of several micro-batches holds all gradients from its second pass on; with DDP their buckets are there.
+        """
         self.model.checkpointing, short = checkpointing, False
+        accumulates = self.world.size == 1 and micro_batch < self.config.train.global_batch
         try:
-            self._probe(self.model, micro_batch)
+            self._probe(self.model, micro_batch, passes=1 + accumulates)
         except torch.OutOfMemoryError:
             short = True
         return not self.world.all_reduce_max(short)[0]
 
-    def _probe(self, network: nn.Module, micro_batch: int) -> None:
-        """A forward and backward pass over blank images that leaves no trace in weights or gradients."""
+    def _probe(self, network: nn.Module, micro_batch: int, passes: int = 1) -> None:
+        """Forward and backward passes over blank images that leave no trace in weights or gradients."""
         data, device = self.config.data, self.world.device
         x = torch.zeros(micro_batch, data.channels, *data.height_width, device=device)
         t = torch.zeros(micro_batch, dtype=torch.int64, device=device)
-        (self._denoiser(network)(x, t, t).sum() * 0).backward()  # type: ignore[no-untyped-call]
+        for _ in range(passes):
+            (self._denoiser(network)(x, t, t).sum() * 0).backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)
