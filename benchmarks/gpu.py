@@ -31,8 +31,8 @@ SCRIPTS = {
     "sampling": ("sampling.py", "--rounds", "3"),
 }
 TINY = {
-    "cost, eager": ("--batches", "1", "--configs", "cifar10", "--rounds", "1"),
-    "cost, compiled": ("--batches", "1", "--configs", "cifar10", "--rounds", "1"),
+    "cost, eager": ("--batches", "1", "--configs", "cifar10.yaml", "--rounds", "1"),
+    "cost, compiled": ("--batches", "1", "--configs", "cifar10.yaml", "--rounds", "1"),
     "memory": ("--only", "32 px"),
     "training step": ("--batch", "2", "--rounds", "1", "--only", "ours, bf16", "diffusers, bf16"),
     "sampling": ("--batch", "2", "--steps", "1", "--rounds", "1"),

@@ -24,7 +24,7 @@ LONG = (
     "test_shard.py", "slurm", "test_cli.py", "sampling/test_generator.py", "diffusion/test_samplers.py", "test_plan.py",
     "diffusion/test_sampler_truth.py", "training/test_memory_estimate.py", "data/loading", "test_index.py",
     "test_doctor.py", "data/shards/test_damage.py", "processes/test_pool.py", "training/test_start.py",
-    "model/test_unet.py", "model/test_fused_norm.py",
+    "model/test_unet.py", "model/test_fused_norm.py", "rehearsal",
     "cluster", "test_evaluate.py", "sampling/test_ema_length.py", "test_export.py",
     "test_sample.py", "training/test_evaluator.py", "data/sources/test_parquet.py", "test_forecast.py",
     "repo/test_wheel.py", "repo/test_benchmarks.py", "test_report.py", "test_notebook.py", "test_attacks.py",

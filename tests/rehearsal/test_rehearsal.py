@@ -181,6 +181,7 @@ def check_types(gpu: FakeGpu, config: Config) -> None:
     ("train.precision=bf16", "model.learned_variance=true", "model.scale_shift=true", "model.resample_blocks=true"),
     ("model.num_classes=0", "model.head_channels=4", "diffusion.loss_weighting=min_snr",
      "diffusion.prediction_type=v_prediction"),
+    ("train.precision=bf16", "train.fused_norm=true", "model.scale_shift=true"),
 ])  # fmt: skip
 def test_steps_of_each_checkpointing_policy(settings: tuple[str, ...]) -> None:
     """The last one of two micro-batches; from the second step on, the average moves instead of being copied."""
@@ -201,8 +202,7 @@ def with_policy(config: Config, policy: str) -> Config:
 
 @pytest.mark.parametrize(("name", "precision", "policies", "micro_batch"), [
     ("cifar10", "bf16", ("none", "full"), 64),
-    ("trial", "bf16", POLICIES, 8),
-    ("trial", "fp32", ("none", "full"), 8),
+    ("trial", "fp32", ("attention", "blocks"), 8),
 ])  # fmt: skip
 def test_the_memory_of_a_step_is_what_plan_says(
     name: str, precision: str, policies: tuple[Checkpointing, ...], micro_batch: int, monkeypatch: pytest.MonkeyPatch
