@@ -15,6 +15,7 @@ import posixpath
 import re
 import stat
 import struct
+import threading
 import warnings
 import zipfile
 import zlib
@@ -39,6 +40,7 @@ MAX_LOCATIONS = 64
 DEFLATE_RATIO = 1032
 """Bytes that one byte of deflate unpacks to, at most."""
 _MAX_HEADER = 1 << 14  # bytes, of an .npy; those of plain arrays have 128
+_ONE_AT_A_TIME = threading.Lock()  # Python 3.11 fails if two threads parse literals at once, as numpy does
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _CHAIN = "::"
@@ -268,9 +270,13 @@ def array_header(file: IO[bytes], size: int, what: str) -> ArrayHeader:
             raise ValueError(f"a header of version {version[0]} and {length} bytes")
         text = io.BytesIO(head + file.read(length))
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        with warnings.catch_warnings():
+        with _ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of headers that Python 2 has written
-            shape, fortran, dtype = read(text, max_header_size=_MAX_HEADER)
+            try:
+                shape, fortran, dtype = read(text, max_header_size=_MAX_HEADER)
+            except SystemError:  # a thread of another package has parsed Python at this moment
+                text.seek(0)
+                shape, fortran, dtype = read(text, max_header_size=_MAX_HEADER)
     except Exception as error:  # numpy evaluates the header as a Python literal, which fails in many ways
         reason = error_text(error)
         raise DataError(f"{what} is not an array that numpy has saved ({reason}): copy or make it again") from error

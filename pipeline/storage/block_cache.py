@@ -44,6 +44,7 @@ class BlockCache:
         self._arguments = directory, limit, name
         self._root, self._limit, self._set = Path(directory), limit, Path(directory) / name
         self._thread_lock = threading.Lock()
+        self._turns: dict[Path, threading.Lock] = {}
         self._accepts = True
         with local_disk.explained(directory):
             self._set.mkdir(parents=True, exist_ok=True)
@@ -64,10 +65,15 @@ class BlockCache:
             load: reads it from the store, if the node does not have it. Its exceptions pass through.
         """
         path = self._set / file[:2] / f"{file[:32]}-{number:06d}"
-        if (data := self._read(path)) is None:
-            data = load()
-            if self._accepts:
-                self._add(path, data)
+        with self._thread_lock:
+            turn = self._turns.setdefault(path, threading.Lock())
+        with turn:  # two lanes of a process may want the same shard at once: one of them loads it
+            if (data := self._read(path)) is None:
+                data = load()
+                if self._accepts:
+                    self._add(path, data)
+        with self._thread_lock:
+            self._turns.pop(path, None)
         return data
 
     def forget(self, file: str) -> None:

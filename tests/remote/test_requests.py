@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,8 @@ def test_later_epochs_and_starts_read_the_cache_of_the_node(
         shards = ShardSet.open(url)
         shards = with_cache(shards, section, lambda line: None) if cached else shards
         order = Order(1, shards.shard_samples, global_batch=120, lanes=4, window=16)
-        requests()
+        while requests():  # of shards that the loader before had begun to open
+            time.sleep(0.5)
         with Batches(shards, order, rank=0, world_size=1, first_sample=0, workers=workers, flip=False) as batches:
             drawn.append([next(batches) for _ in range(40)])  # more than two epochs
         asked = requests()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,16 @@ sys.exit(wrong)
     assert [process.wait(60) for process in processes] == [0] * 4, time.monotonic() - started
     # Two processes may count a block that both read, so fewer blocks may be there, never more.
     assert 30 * 1004 <= size_of(tmp_path) <= 100 * 1004
+
+
+def test_threads_that_want_one_block_load_it_once(tmp_path: Path) -> None:
+    cache, asked = BlockCache(str(tmp_path), 10**6, "set"), []
+
+    def load() -> bytes:
+        asked.append(1)
+        time.sleep(0.2)
+        return bytes(1000)
+
+    with ThreadPoolExecutor(4) as threads:
+        blocks = list(threads.map(lambda _: cache.get(FILE, 0, load), range(4)))
+    assert blocks == [bytes(1000)] * 4 and len(asked) == 1
