@@ -346,7 +346,7 @@ def test_reading_ahead_ends_with_its_reader_and_passes_errors_of_stores_on(tmp_p
     ahead = reader.read_ahead(listing.inputs[:])
     next(ahead)
     ahead.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # a thread of an earlier test may end meanwhile
 
     class Gone:
         parallel = True
@@ -356,7 +356,7 @@ def test_reading_ahead_ends_with_its_reader_and_passes_errors_of_stores_on(tmp_p
 
     with pytest.raises(DataError, match="out of reach"):
         list(Reader([Gone()]).read_ahead(listing.inputs[:]))
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # a thread of an earlier test may end meanwhile
 
 
 def test_objects_of_a_store_are_read_by_several_threads_at_once(tmp_path):
