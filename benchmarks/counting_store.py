@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +17,7 @@ import fsspec
 sys.path.append(str(Path(__file__).parents[1]))  # for `tests`, which is not installed
 
 from tests.remote.faults import Faults
+from tests.remote.moto_server import moto_server
 
 BUCKET = "pool"
 
@@ -66,13 +64,7 @@ class CountingStore(Faults):
 @contextmanager
 def store() -> Iterator[CountingStore]:
     """A store with one bucket, at `s3://pool`, for this process and those that it starts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/", server)
+    with moto_server() as port:
         counting = CountingStore(port)
         os.environ.update(
             AWS_ENDPOINT_URL=counting.url, AWS_ACCESS_KEY_ID="testing", AWS_SECRET_ACCESS_KEY="testing",
@@ -82,18 +74,3 @@ def store() -> Iterator[CountingStore]:
         counting.take()
         yield counting
         counting.shutdown()
-    finally:
-        server.kill()
-        server.wait()
-
-
-def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            with urllib.request.urlopen(url):
-                return
-        except OSError:
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("moto's server did not start: install moto[server]") from None
-            time.sleep(0.1)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 
 import fsspec
@@ -14,6 +9,7 @@ import pytest
 
 from tests.launch import ENVIRONMENT
 from tests.remote.faults import Faults
+from tests.remote.moto_server import moto_server
 
 RATE = 0.15
 """Share of requests that go wrong."""
@@ -24,14 +20,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
     """S3 at `AWS_ENDPOINT_URL` with a bucket `pool`; nothing fails unless a test sets `rate`."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (tmp_path_factory.mktemp("moto") / "log").open("wb") as log:
-        command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/", server)
+    log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
+    with log, moto_server(log) as port:
         faults = Faults(port)
         environment = {
             "AWS_ENDPOINT_URL": faults.url,
@@ -49,20 +39,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("pool")
             yield faults
         faults.shutdown()
-    finally:
-        server.kill()
-        server.wait()
-
-
-def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            with urllib.request.urlopen(url):
-                return
-        except OSError:
-            assert server.poll() is None and time.monotonic() < deadline, "moto_server did not start"
-            time.sleep(0.1)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from pipeline.data.shards.record import ShardRecord
+from pipeline.data.shards.record import SHA256, ShardRecord
 from pipeline.data.shards.shard_table import ShardTable, pack_table
 from pipeline.errors import DataError
 from pipeline.storage import files
@@ -32,7 +32,6 @@ _VERSIONS = (1, 2)
 _MAX_SIDE = 1 << 16
 _MAX_CLASSES = 1 << 20
 _PART = re.compile(r"(?!.*://).+-\d{6,}\.tar")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOCATIONS_SHOWN = 8
 _REMAKE = "restore it from a copy, or make the set again with --overwrite"
 
@@ -84,7 +83,7 @@ def _table_reference(url: str, value: Any) -> tuple[FileReference, int]:
     """
     value = value if isinstance(value, dict) else {}
     name, sha256 = str(value.get("table")), str(value.get("sha256"))
-    if not TABLE.fullmatch(name) or not _SHA256.fullmatch(sha256):
+    if not TABLE.fullmatch(name) or not SHA256.fullmatch(sha256):
         raise DataError(f"{INDEX}: `shards` is no list of shards, and names no table with its SHA-256")
     size = count(value.get("bytes"), f"{INDEX}: `bytes` of `shards`")
     length = count(value.get("count"), f"{INDEX}: `count` of `shards`", least=1, most=size)

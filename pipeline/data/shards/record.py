@@ -12,7 +12,7 @@ from pipeline.untrusted import count, name_inside, printable
 SAMPLE_BYTES = 1024
 """At least: a header and a payload in a tar."""
 _INDEXED = ("name", "bytes", "sha256", "samples", "sidecar_sha256")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _fields(value: Any, what: str) -> tuple[dict[str, Any], str | None, dict[str
     if not isinstance(known["name"], str) or not known["name"]:
         raise DataError(f"{what}: {printable(repr(known['name']), 60)} is no name of a shard")
     for name in ("sha256", "sidecar_sha256"):
-        if not isinstance(known[name], str) or not _SHA256.fullmatch(known[name]):
+        if not isinstance(known[name], str) or not SHA256.fullmatch(known[name]):
             raise DataError(f"{what}: `{name}` of {known['name']} is no SHA-256")
     size = count(known["bytes"], f"{what}: `bytes` of {known['name']}")
     count(
